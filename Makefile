@@ -1,0 +1,67 @@
+# Two commands matter: `make demo` and `make test`. Each creates .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := workbench kernels tests data notebooks
+
+.PHONY: help demo test slow browser lab check format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     run the main job on the bundled model; prints where the report is"
+	@echo "make test     the fast tests"
+	@echo "make slow     the slow tests (full-width parity, memory, notebooks, ...)"
+	@echo "make browser  the tests that open the report in headless chromium"
+	@echo "make lab      JupyterLab on notebooks/"
+	@echo "make check    ruff, format, import rules, types"
+
+# A stamp per set of extras: installed once, again when what is to be installed changes.
+$(VENV)/created:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found. Install Python 3.11 or 3.12, or set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON): expected Python 3.11 or newer, got $$($(PYTHON) -V). Set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/base: $(VENV)/created pyproject.toml constraints.txt
+	@echo "installing the workbench into $(VENV)"
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/base
+	@echo "installing what the tests need"
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/notebooks: $(VENV)/base
+	$(PIP) install -c constraints.txt -e '.[notebooks]'
+	@touch $@
+
+demo: $(VENV)/base
+	$(BIN)/workbench study --out runs/demo
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
+
+slow: $(VENV)/dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+browser: $(VENV)/dev
+	@sh .ci/install-chromium
+	$(BIN)/python -m pytest -m browser
+
+lab: $(VENV)/notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+check: $(VENV)/dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
