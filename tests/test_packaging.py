@@ -1,0 +1,61 @@
+"""What is declared, pinned and promised about installation agrees."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PINS = dict(
+    line.split("==")
+    for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+    if re.match(r"[a-z0-9]", line)
+)
+DECLARED = [
+    *PROJECT["dependencies"],
+    *(entry for extra in PROJECT["optional-dependencies"].values() for entry in extra),
+]
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_every_requirement_is_pinned_within_its_range(declared: str) -> None:
+    requirement = Requirement(declared)
+    name = canonicalize_name(requirement.name)
+    assert name in PINS, f"{name}: not in constraints.txt"
+    assert requirement.specifier.contains(PINS[name]), f"{declared}: constraints.txt pins {PINS[name]}"
+
+
+def test_the_extras_are_the_documented_ones() -> None:
+    assert set(PROJECT["optional-dependencies"]) == {"interp", "hf", "serve", "eval", "ray", "notebooks", "dev"}
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    named = set(
+        re.findall(r"(?:^|`)make ([a-z]+)", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    rules = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test", "lab", "check"} <= named & rules
+    assert named <= rules, f"the README names targets that do not exist: {named - rules}"
+
+
+@pytest.mark.parametrize("pattern", [r"(?<![\w.])/(work|root|farm|home|tmp)/", r"index-url", r"TODO|FIXME|XXX"])
+def test_no_tracked_text_names_a_machine_or_is_unfinished(pattern: str) -> None:
+    suffixes = {".py", ".md", ".toml", ".txt", ".json", ".jinja", ".html", ".css", ".js", ""}
+    skipped = {".git", ".venv", "runs", "tokenizer.json", "kanji.txt", "test_packaging.py"}
+    found = [
+        f"{path.relative_to(REPOSITORY)}: {match.group()}"
+        for folder in ("workbench", "kernels", "tests", "data", "docs", ".ci")
+        for path in sorted((REPOSITORY / folder).rglob("*"))
+        if path.is_file()
+        and path.suffix in suffixes
+        and not skipped & set(path.parts)
+        and "__pycache__" not in path.parts
+        if (match := re.search(pattern, path.read_text(encoding="utf-8")))
+    ]
+    assert found == []
