@@ -1,0 +1,278 @@
+"""Hook points, and the model base that runs with hooks.
+
+A hook point is a named identity inside a model.  `fn(tensor, hook)` sees the tensor there; what it returns, unless
+None, takes its place downstream.  A point that nobody listens to passes its tensor through and does nothing else.
+Call shapes and names are TransformerLens'; the classes are ours, so that importing the workbench pulls in nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import HookError
+
+HookFn = Callable[..., "Tensor | None"]  # called as fn(tensor, hook=point)
+NameFilter = str | Sequence[str] | Callable[[str], bool]
+
+
+class HookPoint(nn.Module):
+    """A named identity. `shape` and `dtype` document the tensor, `cost` what listening adds to a forward pass.
+
+    dtype is "model", "wide" (the model's, but float32 at least), or the name of a dtype that is always the same.
+    A point with a cost is lazy: its tensor is only computed while somebody listens, and a cache that was not asked
+    for it by name or predicate leaves it out.  `read_only` points report a derived quantity: replacing it would act
+    on nothing, so a hook that returns a value there raises a HookError.
+    """
+
+    def __init__(self, shape: str, dtype: str = "model", cost: str = "", read_only: bool = False) -> None:
+        super().__init__()
+        self.name = ""
+        self.shape, self.dtype, self.cost, self.read_only = shape, dtype, cost, read_only
+        self.fwd_hooks: list[HookFn] = []
+        self.bwd_hooks: list[HookFn] = []
+
+    @property
+    def listened(self) -> bool:
+        """Whether anything listens here: our hooks, or hooks registered through torch itself (nnsight does that)."""
+        return bool(
+            self.fwd_hooks
+            or self.bwd_hooks
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+        )
+
+    def layer(self) -> int:
+        """The layer in this point's name. Raises HookError at points outside the blocks."""
+        parts = self.name.split(".")
+        if parts[0] != "blocks":
+            raise HookError(f"layer of {self.name}: expected a point inside a block, got one outside. Use hook.name.")
+        return int(parts[1])
+
+    def add_hook(self, fn: HookFn, dir: str = "fwd") -> None:
+        """Listen here until `remove_hooks`; prefer the `hooks` context, which cleans up after itself."""
+        if dir not in ("fwd", "bwd"):
+            raise HookError(f"dir: expected fwd or bwd, got {dir!r}.")
+        (self.fwd_hooks if dir == "fwd" else self.bwd_hooks).append(fn)
+
+    def remove_hooks(self, dir: str = "both") -> None:
+        if dir not in ("fwd", "bwd", "both"):
+            raise HookError(f"dir: expected fwd, bwd or both, got {dir!r}.")
+        if dir != "bwd":
+            self.fwd_hooks.clear()
+        if dir != "fwd":
+            self.bwd_hooks.clear()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.listened:
+            return super().__call__(x)
+        return x  # an idle point skips nn.Module's call machinery
+
+    def forward(self, x: Tensor) -> Tensor:
+        for fn in tuple(self.fwd_hooks):  # a hook may remove itself
+            x = self._checked(x, fn(x, hook=self))
+        if self.bwd_hooks:
+            x = self._watch_gradient(x)
+        return x
+
+    def _checked(self, x: Tensor, new: Tensor | None) -> Tensor:
+        if new is None or new is x:
+            return x
+        if self.read_only:
+            raise HookError(f"hook at {self.name}: expected None (this point is read-only), got a tensor. Return None.")
+        if not isinstance(new, Tensor) or new.shape != x.shape or new.dtype != x.dtype:
+            got = (tuple(new.shape), new.dtype) if isinstance(new, Tensor) else type(new).__name__
+            raise HookError(
+                f"hook at {self.name}: expected None or a tensor {tuple(x.shape)} {x.dtype}, got {got}. "
+                "Return the same shape and dtype, for instance with .to(x.dtype)."
+            )
+        return new
+
+    def _watch_gradient(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            raise HookError(
+                f"backward hook at {self.name}: expected a tensor with a gradient, got {x.dtype} without one. "
+                "Run with gradients enabled, at a point that the loss depends on."
+            )
+
+        listeners = tuple(self.bwd_hooks)  # backward runs later, when the `hooks` block may have ended
+
+        def on_gradient(grad: Tensor) -> Tensor:
+            for fn in listeners:
+                grad = self._checked(grad, fn(grad, hook=self))
+            return grad
+
+        # a view of its own, so that two points sharing one tensor each see their own gradient
+        x = x.view_as(x)
+        x.register_hook(on_gradient)
+        return x
+
+
+class HookRow(NamedTuple):
+    """One row of `hook_table`: a hook point's name, the axes of its tensor, its dtype, what listening costs."""
+
+    name: str
+    shape: str
+    dtype: str
+    cost: str
+
+
+class ActivationCache(dict[str, Tensor]):
+    """Activations by hook name; `cache["resid_pre", 3]` is short for `cache["blocks.3.hook_resid_pre"]`.
+
+    What both norms of a block have is told apart as "ln1.normalized" and "ln2.normalized".
+    """
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        if isinstance(key, str):
+            if key not in self:
+                raise HookError(f"{unknown_name(key, self, 'cached activation')} Points with a cost need names_filter.")
+            return super().__getitem__(key)
+        leaf, layer = key
+        names = [name for name in _leaf_names(leaf, layer) if name in self]
+        if len(names) > 1:
+            raise HookError(
+                f"{leaf}: expected one activation of layer {layer}, got {', '.join(names)}. Use a full name."
+            )
+        return self[names[0] if names else f"blocks.{layer}.hook_{leaf}"]
+
+    def stack(self, leaf: str) -> Tensor:
+        """One leaf, such as "router_logits", over all layers that were cached: [layer ...] in ascending order."""
+        layers = sorted({int(name.split(".")[1]) for name in self if name.startswith("blocks.")})
+        found = [self[leaf, layer] for layer in layers if any(name in self for name in _leaf_names(leaf, layer))]
+        if not found:
+            raise HookError(unknown_name(f"hook_{leaf}", self, "cached activation"))
+        return torch.stack(found)
+
+
+def _leaf_names(leaf: str, layer: int) -> list[str]:
+    """Where a leaf may be in a block; "ln1.normalized" tells the two norms apart."""
+    part, _, name = leaf.rpartition(".")
+    return [f"blocks.{layer}.{p}hook_{name}" for p in ([f"{part}."] if part else ("", "attn.", "mlp.", "ln1.", "ln2."))]
+
+
+def _checked_pair(pair: tuple[NameFilter, HookFn]) -> tuple[NameFilter, HookFn]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
+        raise HookError(f"hooks: expected pairs of a name and a function, got {pair!r}. Write [(name, function)].")
+    return pair[0], pair[1]
+
+
+def unknown_name(name: str, known: Iterable[str], what: str = "hook name") -> str:
+    """The error text for a name that is not among `known`, with the closest ones."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    hint = f"Did you mean {', '.join(close)}?" if close else "See model.hook_table()."
+    return f"{what}: expected a known one, got {name!r}. {hint}"
+
+
+class HookedModel(nn.Module):
+    """Base of the models: finds hook points by name and runs with hooks, or with a cache, attached."""
+
+    def name_hook_points(self) -> None:
+        """Give every hook point its name; called once, after the model is built."""
+        self.mod_dict: dict[str, nn.Module] = {name: module for name, module in self.named_modules() if name}
+        self.hook_dict: dict[str, HookPoint] = {}
+        for name, module in self.mod_dict.items():
+            if isinstance(module, HookPoint):
+                module.name = name
+                self.hook_dict[name] = module
+
+    def hook_table(self) -> list[HookRow]:
+        """All hook points in order of execution within each module; `pl.DataFrame(model.hook_table())` is a table."""
+        dtype = next(self.parameters()).dtype
+        actual = {"model": dtype, "wide": torch.promote_types(dtype, torch.float32)}
+        return [
+            HookRow(
+                name,
+                point.shape,
+                str(actual.get(point.dtype, point.dtype)).removeprefix("torch."),
+                point.cost or "none",
+            )
+            for name, point in self.hook_dict.items()
+        ]
+
+    def select_hooks(self, names: NameFilter) -> list[HookPoint]:
+        """The hook points of a name, a list of names or a predicate on names. Raises HookError if one is unknown."""
+        if callable(names):
+            chosen = [name for name in self.hook_dict if names(name)]
+            if not chosen:
+                raise HookError("hook names: expected a predicate that accepts some, got one that accepts none.")
+        else:
+            if not isinstance(names, str | list | tuple | set | frozenset):
+                raise HookError(f"hook names: expected a name, a list of names or a predicate, got {names!r}.")
+            chosen = [names] if isinstance(names, str) else list(names)
+        for name in chosen:
+            if name not in self.hook_dict:
+                raise HookError(unknown_name(name, self.hook_dict))
+        return [self.hook_dict[name] for name in chosen]
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Iterable[tuple[NameFilter, HookFn]] = (),
+        bwd_hooks: Iterable[tuple[NameFilter, HookFn]] = (),
+    ) -> Iterator[HookedModel]:
+        """Listen inside the `with` block: fwd_hooks see activations, bwd_hooks gradients. Nothing stays attached."""
+        wanted = [
+            (point, direction, fn)
+            for direction, pairs in (("fwd_hooks", fwd_hooks), ("bwd_hooks", bwd_hooks))
+            for names, fn in map(_checked_pair, pairs)
+            for point in self.select_hooks(names)
+        ]
+        try:
+            for point, direction, fn in wanted:
+                getattr(point, direction).append(fn)
+            yield self
+        finally:
+            for point, direction, fn in wanted:
+                listeners = getattr(point, direction)
+                if fn in listeners:  # a hook may have removed itself
+                    listeners.remove(fn)
+
+    def reset_hooks(self) -> None:
+        """Remove every hook that was attached with `add_hook`."""
+        for point in self.hook_dict.values():
+            point.remove_hooks()
+
+    def run_with_hooks(
+        self,
+        tokens: Tensor,
+        *,
+        fwd_hooks: Iterable[tuple[NameFilter, HookFn]] = (),
+        bwd_hooks: Iterable[tuple[NameFilter, HookFn]] = (),
+        **kwargs: Any,
+    ) -> Tensor:
+        """`model(tokens, **kwargs)` with hooks attached for this one call.
+
+        Backward hooks fire in `backward`, after this call has returned: they stay attached to the graph of this call.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks):
+            return self(tokens, **kwargs)
+
+    def run_with_cache(
+        self,
+        tokens: Tensor,
+        *,
+        names_filter: NameFilter | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, ActivationCache]:
+        """Run and keep activations, detached, moved to `device` if given.
+
+        Without a filter every point that costs nothing to read is kept; points with a cost (attention scores,
+        per-expert tensors) are kept when a name or predicate asks for them. `stop_at_layer` ends the run early.
+        """
+        cache = ActivationCache()
+
+        def keep(x: Tensor, hook: HookPoint) -> None:
+            cache[hook.name] = x.detach().to(device) if device is not None else x.detach()
+
+        free = [name for name, point in self.hook_dict.items() if not point.cost]
+        wanted = free if names_filter is None else [point.name for point in self.select_hooks(names_filter)]
+        return self.run_with_hooks(tokens, fwd_hooks=[(wanted, keep)], **kwargs), cache

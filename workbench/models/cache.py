@@ -1,0 +1,45 @@
+"""Keys and values of the positions already seen, so that decoding computes one position at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workbench.config import ModelConfig
+from workbench.errors import ShapeError
+
+
+class KVCache:
+    """Room for `n_ctx` positions of a batch, allocated once: 2 · layer · batch · n_ctx · kv_head · d_head values."""
+
+    def __init__(self, cfg: ModelConfig, batch: int, n_ctx: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (cfg.n_layers, batch, n_ctx, cfg.n_kv_heads, cfg.d_head)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.valid = torch.ones(batch, n_ctx, dtype=torch.bool, device=device)  # False at padding
+        self.padded = False
+        self.n_seen = 0  # positions that every layer holds
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v [batch pos kv_head d_head] of a layer; returns all of that layer's, earlier ones included."""
+        end = self.n_seen + k.shape[1]
+        self.keys[layer, :, self.n_seen : end] = k
+        self.values[layer, :, self.n_seen : end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def admit(self, batch: int, n_pos: int, valid: Tensor | None) -> None:
+        """Make room for `n_pos` positions of `batch` sequences. Raises ShapeError when they do not fit."""
+        end = self.n_seen + n_pos
+        if batch != self.keys.shape[1]:
+            raise ShapeError(f"cache: expected {self.keys.shape[1]} sequences, got {batch}. Make one of that size.")
+        if end > self.keys.shape[2]:
+            raise ShapeError(
+                f"cache: expected at most {self.keys.shape[2]} positions, got {end}. Allocate a longer one."
+            )
+        if valid is not None:
+            self.valid[:, self.n_seen : end] = valid
+            self.padded = self.padded or not bool(valid.all())
+
+    def advance(self, n_pos: int) -> None:
+        """Count `n_pos` positions as seen, once every layer has stored them."""
+        self.n_seen += n_pos

@@ -1,0 +1,174 @@
+"""The dense model, whole: embedding, blocks, final norm, unembedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.config import ModelConfig
+from workbench.errors import ConfigError, ShapeError
+from workbench.hooks import HookedModel, HookPoint
+from workbench.models.attention import ATTENTION_IMPLEMENTATIONS, Attention
+from workbench.models.cache import KVCache
+from workbench.models.layers import (
+    Frame,
+    RMSNorm,
+    SwiGLU,
+    attend_mask,
+    check_mask,
+    check_tokens,
+    rotary_frequencies,
+)
+
+
+class Llama(HookedModel):
+    """A Llama decoder with hook points; the base of the sparse model too, which only swaps what a block holds.
+
+    `load_model` sets `source`, `tokenizer`, `chat_template` and `stop_ids` (where generation ends) from the checkpoint.
+    """
+
+    def __init__(self, cfg: ModelConfig, attn_impl: str = "sdpa") -> None:
+        super().__init__()
+        if attn_impl not in ATTENTION_IMPLEMENTATIONS:
+            raise ConfigError(f"attn_impl: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, got {attn_impl!r}.")
+        self.cfg, self.attn_impl = cfg, attn_impl
+        self.source: str | None = None
+        self.tokenizer: Any = None
+        self.chat_template: str | None = None
+        self.stop_ids: tuple[int, ...] = (2, 13)  # <|return|> and <|call|>
+        # from_pretrained: the plain constructor draws random weights, which are overwritten in any case
+        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.d_vocab, cfg.d_model), freeze=False)
+        self.hook_embed = HookPoint("batch pos d_model")
+        self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(cfg.n_layers))
+        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        if cfg.tie_embeddings:
+            self.unembed.weight = self.embed.weight
+        self.name_hook_points()
+
+    def make_block(self, layer: int) -> Block:
+        return Block(Attention(self.cfg, layer, qk_norm=False, attn_impl=self.attn_impl), SwiGLU(self.cfg), self.cfg)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def moe_impl(self) -> str | None:
+        """Which implementation computes the experts; None in a dense model."""
+        return None
+
+    def forward(
+        self,
+        tokens: Tensor,  # [batch pos] integers; or the residual stream [batch pos d_model] with start_at_layer
+        attention_mask: Tensor | None = None,  # [batch pos], 1 at tokens and 0 at padding, left or right
+        *,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits [batch pos d_vocab]; with `stop_at_layer` the residual stream that enters that layer.
+
+        `start_at_layer` takes that residual stream instead of tokens: `model(model(t, stop_at_layer=3),
+        start_at_layer=3)` equals `model(t)`. Positions are counted over the mask, so a padded prompt gives the same
+        values as an unpadded one. Raises ShapeError on tokens, masks or layers that do not fit.
+        """
+        first, last = self._layer_range(start_at_layer, stop_at_layer)
+        if start_at_layer is None:
+            check_tokens(tokens, self.cfg)
+            x = self.hook_embed(self.embed(tokens.to(self.device)))  # [batch pos d_model]
+        else:
+            x = self._residual(tokens)
+        if cache is not None and (last - first < self.cfg.n_layers or x.requires_grad):
+            raise ShapeError(
+                "cache: expected a run through all layers under torch.no_grad(), got a part of them or gradients. "
+                "Leave start_at_layer and stop_at_layer out, or the cache."
+            )
+        frame = self._frame(x, attention_mask, cache)
+        for block in self.blocks[first:last]:
+            x = block(x, frame, cache)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return x if stop_at_layer is not None else self.unembed(self.ln_final(x))
+
+    def new_cache(self, batch: int, n_ctx: int) -> KVCache:
+        """An empty cache for `n_ctx` positions of `batch` sequences, to pass as `cache=` to successive calls."""
+        return KVCache(self.cfg, batch, n_ctx, self.dtype, self.device)
+
+    def generate(self, tokens: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Continue prompts [batch pos], left-padded if padded; see `workbench.models.generate.generate`."""
+        from workbench.models.generate import generate
+
+        return generate(self, tokens, attention_mask, **kwargs)
+
+    def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        first, last = start or 0, self.cfg.n_layers if stop is None else stop
+        if not 0 <= first <= last <= self.cfg.n_layers:
+            raise ShapeError(
+                f"start_at_layer, stop_at_layer: expected 0 <= start <= stop <= {self.cfg.n_layers}, "
+                f"got {start}, {stop}."
+            )
+        return first, last
+
+    def _residual(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.cfg.d_model or x.dtype != self.dtype:
+            raise ShapeError(
+                f"start_at_layer: expected a residual stream [batch pos {self.cfg.d_model}] {self.dtype}, "
+                f"got {tuple(x.shape)} {x.dtype}. Pass what stop_at_layer returned."
+            )
+        return x.to(self.device)
+
+    def _frame(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Frame:
+        """Positions, rotary angles and masks of this pass; with a cache it continues where the cache ends."""
+        batch, n_pos = x.shape[:2]
+        n_past = cache.n_seen if cache else 0
+        if n_past + n_pos > self.cfg.n_ctx:
+            raise ShapeError(
+                f"pos: expected at most {self.cfg.n_ctx} positions, got {n_past + n_pos}. Shorten the input."
+            )
+        valid = None
+        if attention_mask is not None:
+            valid = check_mask(attention_mask, (batch, n_pos), may_be_empty=cache is not None).to(x.device)
+        if cache is not None:
+            cache.admit(batch, n_pos, valid)
+            seen = cache.valid[:, : n_past + n_pos] if cache.padded else None
+        else:
+            seen = valid
+        if seen is None:
+            positions = torch.arange(n_past, n_past + n_pos, device=x.device)[None]  # [1 pos]
+            # sdpa's own causal mask fits a whole sequence or a single new position, not a chunk after a cache
+            plain = n_past == 0 or n_pos == 1
+            mask = None if plain else attend_mask(x.new_ones(1, n_past + n_pos, dtype=torch.bool), n_pos)
+        else:
+            positions = (seen.cumsum(1) - 1).clamp(min=0)[:, n_past:]  # [batch pos], counted over tokens only
+            mask = attend_mask(seen, n_pos)
+        frequencies = rotary_frequencies(self.cfg.rope, self.cfg.d_head, x.device)
+        angles = (positions[..., None] * frequencies).repeat(1, 1, 2)  # [batch pos d_head]
+        return Frame(angles.cos().to(x.dtype), angles.sin().to(x.dtype), mask, valid)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each reading the normalised residual stream and adding to it."""
+
+    def __init__(self, attn: Attention, mlp: nn.Module, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.hook_resid_pre = HookPoint("batch pos d_model")
+        self.ln1 = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attn = attn
+        self.hook_attn_out = HookPoint("batch pos d_model")
+        self.hook_resid_mid = HookPoint("batch pos d_model")
+        self.ln2 = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp = mlp
+        self.hook_mlp_out = HookPoint("batch pos d_model")
+        self.hook_resid_post = HookPoint("batch pos d_model")
+
+    def forward(self, x: Tensor, frame: Frame, cache: KVCache | None) -> Tensor:  # [batch pos d_model]
+        x = self.hook_resid_pre(x)
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), frame, cache)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x), frame.valid)))

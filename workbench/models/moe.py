@@ -1,0 +1,118 @@
+"""The mixture of experts of one layer, every step of it a hook point.
+
+Router numerics. `router_dtype="float32"` (default) computes logits, softmax and weights in float32, as the models were
+trained, and resolves exact ties to the lowest expert id. `router_dtype="model"` computes logits in the model's dtype
+and rounds the weights to it, which is what transformers does, and takes torch.topk's choice among ties. In bfloat16
+the latter makes exact ties between the k-th and (k+1)-th logit common (5.8% of token-layers in a simulation with 128
+experts and k=8), so that which expert runs may depend on the device; in float32 they practically do not occur.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.config import Qwen3MoeConfig
+from workbench.errors import HookError
+from workbench.hooks import HookPoint
+from workbench.models.layers import wide
+from workbench_kernels import routed_experts
+
+ROUTER_DTYPES = ("float32", "model")
+
+
+class Moe(nn.Module):
+    """Router and experts: each token's output is the weighted sum of its k experts' outputs."""
+
+    def __init__(self, cfg: Qwen3MoeConfig, moe_impl: str, router_dtype: str) -> None:
+        super().__init__()
+        self.cfg, self.moe_impl, self.router_dtype = cfg, moe_impl, router_dtype
+        self.router = Router(cfg)
+        self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))  # gate rows first
+        self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
+        router = "wide" if router_dtype == "float32" else "model"
+        self.hook_router_logits = HookPoint("batch pos expert", router)  # before top-k: editing it re-routes
+        self.hook_router_probs = HookPoint("batch pos expert", "wide")  # softmax over all experts
+        self.hook_expert_ids = HookPoint("batch pos k", "int64")  # by descending weight; editing it forces experts
+        self.hook_routing_weights = HookPoint("batch pos k", router)  # editing it changes the mix, not the experts
+        slots = "routed activations put in slot order; batch·pos·k·{} values"
+        self.hook_expert_load = HookPoint("expert", "float32", read_only=True)  # counted only while listened to
+        self.hook_expert_pre = HookPoint("batch pos k d_expert", cost=slots.format("d_expert"))
+        self.hook_expert_pre_linear = HookPoint("batch pos k d_expert", cost=slots.format("d_expert"))
+        self.hook_expert_post = HookPoint("batch pos k d_expert", cost=slots.format("d_expert"))
+        self.hook_expert_out = HookPoint("batch pos k d_model", cost=slots.format("d_model"))
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # [batch pos d_model]
+        logits = self.hook_router_logits(self._logits(x))  # [batch pos expert]
+        probs = self.hook_router_probs(wide(logits).softmax(-1))  # [batch pos expert]
+        ids = self._forced(self._top_k(probs))  # [batch pos k]
+        weights = self.hook_routing_weights(self._weights(probs, ids, logits.dtype))  # [batch pos k]
+        if self.hook_expert_load.listened:
+            self.hook_expert_load(expert_load(ids, valid, self.cfg.n_experts))  # [expert]
+        out = routed_experts(
+            x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1), self.gate_up, self.down,
+            impl=self.moe_impl, taps=self._taps(x.shape[:2]),
+        )  # fmt: skip
+        return out.view_as(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.router_dtype == "model":
+            return F.linear(x, self.router.weight)
+        return F.linear(wide(x), wide(self.router.weight))
+
+    def _top_k(self, probs: Tensor) -> Tensor:
+        if self.router_dtype == "model":
+            return probs.topk(self.cfg.k, dim=-1).indices
+        # a stable sort puts the lowest id first among equals; topk promises no order there
+        return probs.sort(dim=-1, descending=True, stable=True).indices[..., : self.cfg.k]
+
+    def _weights(self, probs: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        weights = probs.gather(-1, ids)
+        if self.cfg.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(dtype)
+
+    def _forced(self, ids: Tensor) -> Tensor:
+        """The ids after their hooks, checked, since they index weights.
+
+        On a GPU ids that a hook merely saw are not: the check would wait for the device in every layer.
+        """
+        forced = self.hook_expert_ids(ids)
+        n_experts = self.cfg.n_experts
+        checked = forced is not ids or (self.hook_expert_ids.listened and ids.device.type == "cpu")
+        if checked and not 0 <= int(forced.min()) <= int(forced.max()) < n_experts:
+            raise HookError(
+                f"hook at {self.hook_expert_ids.name}: expected ids from 0 to {n_experts - 1}, "
+                f"got {int(forced.min())} to {int(forced.max())}. Return experts that exist."
+            )
+        return forced
+
+    def _taps(self, batch_pos: torch.Size) -> dict[str, Tap]:
+        points = (self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post, self.hook_expert_out)
+        names = ("expert_pre", "expert_pre_linear", "expert_post", "expert_out")
+        return {name: Tap(point, batch_pos) for name, point in zip(names, points, strict=True) if point.listened}
+
+
+class Router(nn.Module):
+    """The router's weight [expert d_model]."""
+
+    def __init__(self, cfg: Qwen3MoeConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model))
+
+
+class Tap:
+    """Shows a hook point the routed activations [token k ...] as [batch pos k ...]."""
+
+    def __init__(self, point: HookPoint, batch_pos: torch.Size) -> None:
+        self.point, self.batch_pos = point, batch_pos
+
+    def __call__(self, slots: Tensor) -> Tensor:
+        return self.point(slots.unflatten(0, self.batch_pos)).flatten(0, 1)
+
+
+def expert_load(ids: Tensor, valid: Tensor | None, n_experts: int) -> Tensor:  # [batch pos k] -> float32 [expert]
+    """Share of the token-slots that each expert takes, padding left out; sums to 1."""
+    counted = (ids if valid is None else ids[valid]).flatten()
+    return torch.bincount(counted, minlength=n_experts).float() / max(counted.numel(), 1)
