@@ -1,0 +1,200 @@
+"""Reading safetensors checkpoints: what the headers promise, and the tensors in small pieces.
+
+Nothing here knows a model. Headers are read and checked before any tensor is, and pickles are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from workbench.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# A mapped file counts as memory wherever it was touched, until it is closed: reopening it this often bounds the sum.
+WINDOW_BYTES = 4 * 2**20
+WINDOW_SHARE = 1 / 64
+MAX_LISTED = 12
+
+
+class StoredTensor(NamedTuple):
+    """What a shard's header says of one tensor; `dtype` is safetensors' name for it (BF16, F32, I8 ...)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def n_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * FLOAT_DTYPES[self.dtype].itemsize
+
+
+def raise_problems(what: object, expected: str, problems: list[str], advice: str) -> NoReturn:
+    """One CheckpointError that lists the problems, the first dozen by name and the rest as a count."""
+    listed = [f"\n  {problem}" for problem in problems[:MAX_LISTED]]
+    more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    plural = "problem" if len(problems) == 1 else "problems"
+    raise CheckpointError(
+        f"{what}: expected {expected}, got {len(problems)} {plural}:{''.join(listed)}{more}\n{advice}"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError when it is missing, unreadable or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: expected a file, got none. Give a complete checkpoint directory.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected readable JSON, got {error}. Download or write it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: expected a JSON object, got {type(value).__name__}. Download or write it again."
+        )
+    return value
+
+
+def read_headers(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor that the checkpoint's shards hold, by name.
+
+    Raises CheckpointError for a missing, truncated or corrupt shard, for an index that disagrees with the shards, for
+    safetensors files that belong to neither, and for a directory without any.
+    """
+    has_index, has_single = (directory / INDEX_FILE).is_file(), (directory / SINGLE_FILE).is_file()
+    if has_index and has_single:
+        raise CheckpointError(
+            f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, got both. Remove the one that is out of date."
+        )
+    if has_index:
+        return _read_indexed(directory)
+    if has_single:
+        strays = _shards_beside(directory, {SINGLE_FILE})
+        if strays:
+            raise CheckpointError(
+                f"{directory}: expected {SINGLE_FILE} alone, got {', '.join(strays)} beside it. "
+                "Remove what is no part of the checkpoint, or add the index of its shards."
+            )
+        return dict(_read_header(directory / SINGLE_FILE))
+    if any(directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, got other safetensors files only. "
+            "Add the index of these shards."
+        )
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
+        raise CheckpointError(
+            f"{directory}: expected safetensors, got a pickle. A pickle can run code and is never read; "
+            "convert it to safetensors."
+        )
+    raise CheckpointError(f"{directory}: expected {SINGLE_FILE}, got no weights. Give a complete checkpoint directory.")
+
+
+def _shards_beside(directory: Path, known: Collection[str]) -> list[str]:
+    return sorted(file.name for file in directory.glob("*.safetensors") if file.name not in known)
+
+
+def _read_indexed(directory: Path) -> dict[str, StoredTensor]:
+    index = read_json(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise CheckpointError(
+            f"{directory / INDEX_FILE}: expected a weight_map of names to files, got none. Write it again."
+        )
+    shards = sorted(set(index.values()))
+    problems = [f"{file}: lies beside the index, which does not name it" for file in _shards_beside(directory, shards)]
+    found: dict[str, StoredTensor] = {}
+    for file in shards:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            problems.append(f"{file}: the index names it, but a shard is a .safetensors file beside the index")
+        elif not (directory / file).is_file():
+            problems.append(f"{file}: the index names it, but there is no such file")
+        else:
+            found.update(_checked_against_index(directory / file, index, problems))
+    absent = [name for name in index if name not in found and (directory / index[name]).is_file()]
+    problems += [f"{name}: the index places it in {index[name]}, which does not hold it" for name in absent]
+    if problems:
+        raise_problems(
+            directory, "shards that agree with their index", problems, "Download or write the checkpoint again."
+        )
+    return found
+
+
+def _checked_against_index(
+    shard: Path, index: Mapping[str, str], problems: list[str]
+) -> Iterator[tuple[str, StoredTensor]]:
+    for name, tensor in _read_header(shard):
+        if index.get(name) == shard.name:
+            yield name, tensor
+        elif name in index:
+            problems.append(f"{name}: {shard.name} holds it, but the index places it in {index[name]}")
+        else:
+            problems.append(f"{name}: {shard.name} holds it, but the index does not list it")
+
+
+def _read_header(shard: Path) -> list[tuple[str, StoredTensor]]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            views = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 (not a dict)
+            return [(name, StoredTensor(shard, tuple(view.get_shape()), view.get_dtype())) for name, view in views]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{shard}: expected a whole safetensors file, got {error}. It is truncated or corrupt; download it again."
+        ) from None
+
+
+def stream(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, slice, torch.Tensor]]:
+    """The tensors file by file, in pieces: (name, rows, piece), where `piece` is `tensor[rows]` on the CPU.
+
+    At most about two windows stay in memory (more only if one row is longer), a window being WINDOW_SHARE of all bytes
+    and at least WINDOW_BYTES. A piece may be a view of the mapped file: copy out of it before asking for the next one.
+    """
+    window = max(WINDOW_BYTES, int(WINDOW_SHARE * sum(tensor.n_bytes for tensor in tensors.values())))
+    by_file: dict[Path, set[str]] = defaultdict(set)
+    for name, tensor in tensors.items():
+        by_file[tensor.file].add(name)
+    for shard, names in by_file.items():
+        with safe_open(shard, framework="pt") as file:
+            in_order = [name for name in file.offset_keys() if name in names]
+        for blocks in _windows(
+            [block for name in in_order for block in _row_blocks(name, tensors[name], window)], window
+        ):
+            with safe_open(shard, framework="pt") as file:
+                for block in blocks:
+                    yield block.name, block.rows, file.get_slice(block.name)[block.rows]
+
+
+class _Block(NamedTuple):
+    name: str
+    rows: slice
+    n_bytes: int
+
+
+def _row_blocks(name: str, tensor: StoredTensor, window: int) -> Iterator[_Block]:
+    n_rows = tensor.shape[0]
+    row_bytes = tensor.n_bytes // n_rows
+    step = max(1, window // row_bytes)
+    for start in range(0, n_rows, step):
+        stop = min(start + step, n_rows)
+        yield _Block(name, slice(start, stop), (stop - start) * row_bytes)
+
+
+def _windows(blocks: Iterable[_Block], window: int) -> Iterator[list[_Block]]:
+    """Group blocks, in order, until a window is full."""
+    group: list[_Block] = []
+    filled = 0
+    for block in blocks:
+        group.append(block)
+        filled += block.n_bytes
+        if filled >= window:
+            yield group
+            group, filled = [], 0
+    if group:
+        yield group

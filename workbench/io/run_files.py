@@ -1,0 +1,115 @@
+"""The files of a run directory, one by one: written whole or not at all, checked when read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from workbench.errors import RunError
+
+FORMAT = 1
+Labels = dict[str, list[Any]]  # the labels of the first three axes of an expert load
+LOAD_AXES: dict[str, type] = {"lang": str, "segment": str, "layer": int}
+STARTED: dict[str, Any] = {"status": str, "sittings": list}  # what every manifest must hold, and of which type
+FINISHED: dict[str, Any] = {
+    "model": {"name": str, "n_experts": int, "k": int, "stop_ids": list},
+    "settings": {"template": str, "max_new_tokens": int},
+    "report": {"seed": int},
+    "counts": dict.fromkeys(("n_docs", "n_groups", "n_tokens", "n_routed_layers"), int),
+}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well, whole and flushed to disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    yield temporary
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    write_text(path / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run directory; raises RunError when there is none or it cannot be read."""
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: expected a run directory with manifest.json, got none. Check the path.") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: expected JSON, got {error}. Run the study again in a new directory.") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise RunError(f"{file}: expected a run of format {FORMAT}, got another. Use the workbench that wrote it.")
+    check_keys(file, manifest, STARTED)
+    return manifest
+
+
+def check_keys(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises RunError for the first name of `wanted` (name -> type, or such a dict) that is not there as that type."""
+    for name, inner in wanted.items():
+        value, kind = found.get(name), dict if isinstance(inner, dict) else inner
+        if not isinstance(value, kind):
+            raise RunError(
+                f"{file}: expected {prefix}{name} as {kind.__name__}, got {value!r}. "
+                "The file is damaged: run the study again in a new directory."
+            )
+        if isinstance(inner, dict):
+            check_keys(file, value, inner, f"{prefix}{name}.")
+
+
+def write_load(file: Path, counts: np.ndarray, labels: Labels) -> None:
+    save_file({"expert_load": counts.astype(np.int64)}, file, metadata={"axes": json.dumps(dict(labels))})
+
+
+def read_load(file: Path) -> tuple[np.ndarray, Labels]:
+    """(token-slots [lang segment layer expert], labels of the first three axes); raises RunError."""
+    try:
+        with safe_open(file, "numpy") as stored:
+            counts, axes = stored.get_tensor("expert_load").astype(np.int64), json.loads(stored.metadata()["axes"])
+        labels: Labels = {axis: list(map(kind, axes[axis])) for axis, kind in LOAD_AXES.items()}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{file}: expected an expert load, got {error}. Run the study again in a new directory."
+        ) from None
+    shape = tuple(map(len, labels.values()))
+    if counts.shape[:-1] != shape:
+        raise RunError(
+            f"{file}: expected shape {shape} x experts, as it is labelled, got {counts.shape}. "
+            "Run the study again in a new directory."
+        )
+    return counts, labels
+
+
+def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises RunError for the first value of `wanted` that `found` does not have."""
+    for name, value in json.loads(json.dumps(wanted)).items():
+        there = found.get(name)
+        if isinstance(value, dict) and isinstance(there, dict):
+            check_same(path, there, value, f"{prefix}{name}.")
+        elif there != value:
+            raise RunError(
+                f"{path}: expected {prefix}{name} {there!r}, as in the run that is there, got {value!r}. "
+                "Pass another directory, or the same settings."
+            )

@@ -1,0 +1,245 @@
+"""The run directory: what a study measured, safe against a kill at any moment.
+
+    manifest.json       what was run, with which settings, hashes and versions; status "running" or "complete"
+    tokens.parquet      one row per token                       (axes.TOKEN_COLUMNS)
+    routing.parquet     one row per (token, routed layer)       (axes.ROUTING_COLUMNS)
+    load.safetensors    expert_load: token-slots [lang segment layer expert]; the labels are in its metadata
+    parts/              only while running: the same three files for each finished batch
+
+Every file appears whole or not at all: it is written beside its place, flushed to disk and renamed. A batch counts as
+done when its tokens file, written last, is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from workbench.axes import ROUTING_COLUMNS, TOKEN_COLUMNS
+from workbench.errors import RunError
+from workbench.io.run_files import (
+    FINISHED,
+    FORMAT,
+    Labels,
+    atomic,
+    check_keys,
+    check_same,
+    read_load,
+    read_manifest,
+    write_load,
+    write_manifest,
+)
+
+COLUMNS = {"tokens": TOKEN_COLUMNS, "routing": ROUTING_COLUMNS}
+
+TOKEN_SCHEMA: dict[str, Any] = dict.fromkeys(TOKEN_COLUMNS, pl.String) | {"pos": pl.Int32, "token_id": pl.Int32}
+ROUTING_SCHEMA: dict[str, Any] = {
+    "doc_id": pl.String,
+    "pos": pl.Int32,
+    "layer": pl.Int16,
+    "expert_ids": pl.List(pl.Int16),
+    "routing_weights": pl.List(pl.Float32),
+    "router_entropy": pl.Float32,
+    "router_margin": pl.Float32,
+}
+
+
+class Run:
+    """A finished run. `tokens` and `routing` are lazy scans; `manifest` is a dict; `load()` is a frame."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open a run directory and check its files; raises RunError when it is unfinished, damaged or none."""
+        path = Path(path)
+        run = cls(path, read_manifest(path))
+        if run.manifest["status"] != "complete":
+            raise RunError(f"{path}: expected a complete run, got an unfinished one. Run its study again to resume.")
+        check_keys(path / "manifest.json", run.manifest, FINISHED)
+        counts = run.manifest["counts"]
+        run._check_file("tokens", counts["n_tokens"])
+        run._check_file("routing", counts["n_tokens"] * counts["n_routed_layers"])
+        run._check_load()
+        return run
+
+    @property
+    def tokens(self) -> pl.LazyFrame:
+        return pl.scan_parquet(self.path / "tokens.parquet")
+
+    @property
+    def routing(self) -> pl.LazyFrame:
+        return pl.scan_parquet(self.path / "routing.parquet")
+
+    @property
+    def n_experts(self) -> int:
+        return int(self.manifest["model"]["n_experts"])
+
+    @property
+    def seed(self) -> int:
+        """Of the report's resampling. It does not touch what was measured, so it may be set anew."""
+        return int(self.manifest["report"]["seed"])
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        if seed != self.seed:
+            self.manifest["report"]["seed"] = seed
+            write_manifest(self.path, self.manifest)
+
+    def load(self) -> pl.DataFrame:
+        """Token-slots as counted while running, every segment: columns lang, segment, layer, expert, slots (> 0)."""
+        counts, labels = read_load(self._load_file)
+        places = np.nonzero(counts)
+        names = {axis: np.array(labels[axis])[place] for axis, place in zip(labels, places, strict=False)}
+        return pl.DataFrame({**names, "expert": places[-1], "slots": counts[places]})
+
+    @property
+    def _load_file(self) -> Path:
+        return self.path / "load.safetensors"
+
+    def _check_file(self, name: str, n_rows: int) -> None:
+        file = self.path / f"{name}.parquet"
+        try:
+            scan = pl.scan_parquet(file)
+            columns, found = scan.collect_schema().names(), scan.select(pl.len()).collect().item()
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise RunError(
+                f"{file}: expected a Parquet file, got {str(error).splitlines()[0]}. Run the study again."
+            ) from None
+        if tuple(columns) != COLUMNS[name] or found != n_rows:
+            raise RunError(
+                f"{file}: expected {n_rows} rows of {', '.join(COLUMNS[name])}, got {found} of {', '.join(columns)}. "
+                "The file is not this run's: run the study again in a new directory."
+            )
+
+    def _check_load(self) -> None:
+        """Each token must have taken k slots of its language and segment in every layer."""
+        n_layers, k = self.manifest["counts"]["n_routed_layers"], self.manifest["model"]["k"]
+        counts, labels = read_load(self._load_file)
+        found = self.load().group_by("lang", "segment", "layer").agg(pl.col("slots").sum())
+        layers = self.routing.head(n_layers).select("layer").collect()["layer"].to_list()  # those of the first token
+        wanted = self.tokens.group_by("lang", "segment").agg(slots=pl.len().cast(pl.Int64) * k).collect()
+        if (
+            (labels["layer"], counts.shape[-1]) != (layers, self.n_experts)
+            or len(found) != len(wanted) * n_layers
+            or len(found.join(wanted, on=["lang", "segment", "slots"])) != len(found)
+        ):
+            raise RunError(
+                f"{self._load_file}: expected the load of this run's tokens on {self.n_experts} experts of layers "
+                f"{', '.join(map(str, layers))}, got another. Run the study again in a new directory."
+            )
+
+
+class RunWriter:
+    """Writes a run batch by batch; opening it again continues where a killed process stopped."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], n_parts: int) -> None:
+        self.path, self.manifest, self.n_parts = path, manifest, n_parts
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, path: str | Path, identity: Mapping[str, Any], about: Mapping[str, Any], n_parts: int
+    ) -> Iterator[RunWriter]:
+        """Create or continue a run directory, and hold it until the block ends.
+
+        `identity` is what decides the result (model, prompts, settings); `about` (versions, times) is recorded once per
+        sitting, in the manifest's list `sittings`. A finished run is left as it is: nothing is missing from it. Raises
+        RunError naming the first setting that differs from the run that is there, or when another process writes it.
+        """
+        path = Path(path)
+        _make_directory(path)
+        with _lock(path):  # before the manifest is read: another writer may be about to finish the run
+            writer = cls(path, _begin(path, identity, about), n_parts)
+            if not writer.complete:
+                writer._parts.mkdir(exist_ok=True)
+            yield writer
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.manifest["status"] == "complete")
+
+    @property
+    def _parts(self) -> Path:
+        return self.path / "parts"
+
+    def missing(self) -> list[int]:
+        """The batches that are not on disk yet."""
+        everything = [] if self.complete else range(self.n_parts)
+        return [part for part in everything if not self._part(part, "tokens").exists()]
+
+    def write(self, part: int, tokens: pl.DataFrame, routing: pl.DataFrame, load: np.ndarray, labels: Labels) -> None:
+        """Store one batch: its frames and its expert load [lang segment layer expert]."""
+        with atomic(self._part(part, "routing")) as file:
+            routing.select(pl.col(name).cast(dtype) for name, dtype in ROUTING_SCHEMA.items()).write_parquet(file)
+        with atomic(self._part(part, "load")) as file:
+            write_load(file, load, labels)
+        with atomic(self._part(part, "tokens")) as file:
+            tokens.select(pl.col(name).cast(dtype) for name, dtype in TOKEN_SCHEMA.items()).write_parquet(file)
+
+    def finish(self, about: Mapping[str, Any]) -> Run:
+        """Join the batches in order, mark the run complete and open it. `about` joins this sitting's entry."""
+        if not self.complete:
+            for name in ("routing", "tokens"):
+                with atomic(self.path / f"{name}.parquet") as file:
+                    pl.scan_parquet([self._part(part, name) for part in range(self.n_parts)]).sink_parquet(file)
+            loads = [read_load(self._part(part, "load")) for part in range(self.n_parts)]
+            with atomic(self.path / "load.safetensors") as file:
+                write_load(file, np.sum([counts for counts, _ in loads], axis=0), loads[0][1])
+            self.manifest["sittings"][-1] |= about
+            self.manifest |= {"counts": self._counts(), "status": "complete"}
+            write_manifest(self.path, self.manifest)
+        shutil.rmtree(self._parts, ignore_errors=True)
+        return Run.open(self.path)
+
+    def _counts(self) -> dict[str, int]:
+        tokens = pl.scan_parquet(self.path / "tokens.parquet")
+        routing = pl.scan_parquet(self.path / "routing.parquet")
+        names = {"n_docs": pl.col("doc_id").n_unique(), "n_groups": pl.col("group_id").n_unique(), "n_tokens": pl.len()}
+        counts = tokens.select(**names).collect().row(0, named=True)
+        return counts | {"n_routed_layers": routing.select(pl.col("layer").n_unique()).collect().item()}
+
+    def _part(self, part: int, name: str) -> Path:
+        return self._parts / f"{part:06}.{name}.{'safetensors' if name == 'load' else 'parquet'}"
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path}: expected a place to write, got {error.strerror}. Pass another directory.") from None
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+    if names and "manifest.json" not in names:
+        raise RunError(f"{path}: expected a run or nothing, got other files. Pass another directory.")
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a directory for writing; the system drops the lock of a killed process. Raises RunError if it is held."""
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{path}: expected no other writer, got one. Wait until it has finished.") from None
+        yield
+
+
+def _begin(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the run that is there, or of a new one; unless it is complete, with one sitting more."""
+    if (path / "manifest.json").exists():
+        manifest = read_manifest(path)
+        check_same(path, manifest, identity)
+    else:
+        manifest = {"format": FORMAT, "status": "running", **identity, "report": {"seed": 0}, "sittings": []}
+    if manifest["status"] != "complete":
+        manifest["sittings"].append(dict(about))
+        write_manifest(path, manifest)
+    return manifest

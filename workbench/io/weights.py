@@ -1,0 +1,286 @@
+"""Checkpoints in and out: Hugging Face safetensors directories, streamed into our models and written from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from workbench.config import ModelConfig
+from workbench.errors import CheckpointError
+from workbench.hf_config import config_from_hf, config_to_hf
+from workbench.io.checkpoint import (
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    raise_problems,
+    read_headers,
+    read_json,
+    stream,
+)
+from workbench.io.hub import resolve
+from workbench.io.names import TIED_HEAD, Layout, Slot, ignorable, layout_of, slots
+from workbench.io.tokens import Tokenizer
+from workbench.models import Llama, build_model
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}
+_TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
+_TEMPLATE_FILE = "chat_template.jinja"
+_GENERATION_FILE = "generation_config.json"
+
+
+def load_model(
+    path_or_name: str | os.PathLike[str],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    moe_impl: str = "auto",
+    router_dtype: str = "float32",
+    progress: bool = True,
+) -> Llama:
+    """Load a checkpoint: a bundled model, a directory, a family name or a hub id, see `workbench.io.hub.resolve`.
+
+    Weights go shard by shard into the model, whose parameters are allocated once: peak host memory stays within 1.1
+    times the model's bytes. dtype "auto" keeps the dtype that the embedding is stored in. The model comes with
+    `tokenizer` and `chat_template` (None when the checkpoint has none), `stop_ids` and `source`.
+
+    Raises CheckpointError naming every missing, extra, wrong-shaped, wrong-dtype or non-finite tensor, every stray
+    shard and every unreadable file beside the weights, and ConfigError for a model that is not implemented.
+    """
+    directory = resolve(path_or_name)
+    cfg = _read_config(directory)
+    unread = ignorable(cfg)
+    stored = {name: tensor for name, tensor in read_headers(directory).items() if name not in unread}
+    table = slots(cfg, layout_of(stored))
+    _check_headers(directory, cfg, table, stored)
+    target_dtype = FLOAT_DTYPES[stored["model.embed_tokens.weight"].dtype] if dtype == "auto" else _as_dtype(dtype)
+    model = build_model(
+        cfg, dtype=target_dtype, device=_as_device(device), moe_impl=moe_impl, router_dtype=router_dtype
+    )
+    _attach(model, directory, str(path_or_name))
+    _fill(model, directory, table, stored, progress)
+    return model
+
+
+def save_model(
+    model: Llama,
+    path: str | os.PathLike[str],
+    layout: Layout = "per_expert",
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write `model` to directory `path` as transformers reads it, with its tokenizer and chat template; returns `path`.
+
+    `layout` "per_expert" stores three matrices per expert (transformers 4 and 5), "fused" two stacked tensors per layer
+    (transformers 5). The directory appears whole or not at all; an earlier checkpoint there is replaced, any other
+    non-empty directory raises CheckpointError.
+    """
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes: expected a positive size, got {max_shard_bytes}. Give bytes, as 5e9.")
+    path = Path(path).expanduser().resolve()
+    params = dict(model.named_parameters())
+    tensors = {name: _part(params, slot).detach() for name, slot in slots(model.cfg, layout).items()}
+    with _replacing(path) as directory:
+        _save_shards(tensors, directory, max_shard_bytes)
+        dtype = str(model.dtype).removeprefix("torch.")
+        _write_json(directory / "config.json", {**config_to_hf(model.cfg), "dtype": dtype})
+        _save_companions(model, directory)
+    return path
+
+
+def _read_config(directory: Path) -> ModelConfig:
+    hf = read_json(directory / "config.json")
+    quantized = hf.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(
+            f"{directory}: expected plain weights, got quantization_config ({method}). "
+            "Load the checkpoint it was made from."
+        )
+    return config_from_hf(hf)
+
+
+def _check_headers(
+    directory: Path, cfg: ModelConfig, table: Mapping[str, Slot], stored: Mapping[str, StoredTensor]
+) -> None:
+    """Compare what the shards hold with what the model needs, before any memory is spent on it."""
+    skeleton = dict(build_model(cfg, device="meta").named_parameters())
+    shapes = {name: tuple(_part(skeleton, slot).shape) for name, slot in table.items()}
+    if cfg.tie_embeddings and TIED_HEAD in stored:
+        shapes[TIED_HEAD] = tuple(skeleton["embed.weight"].shape)
+    problems = [f"{name}: missing" for name in shapes if name not in stored]
+    problems += [f"{name}: not part of this model" for name in stored if name not in shapes]
+    for name in shapes.keys() & stored.keys():
+        if stored[name].dtype not in FLOAT_DTYPES:
+            problems.append(f"{name}: dtype {stored[name].dtype}, not one of {', '.join(FLOAT_DTYPES)}")
+        if stored[name].shape != shapes[name]:
+            problems.append(f"{name}: shape {list(stored[name].shape)}, not {list(shapes[name])}")
+    if problems:
+        advice = "The config.json belongs to another model, or the checkpoint is incomplete."
+        raise_problems(directory, f"the {len(shapes)} tensors of its config.json", sorted(problems), advice)
+
+
+@torch.no_grad()
+def _fill(
+    model: Llama,
+    directory: Path,
+    table: Mapping[str, Slot],
+    stored: Mapping[str, StoredTensor],
+    progress: bool,
+) -> None:
+    """Copy every stored tensor into its place, and refuse the whole checkpoint if one holds NaN or infinity."""
+    params = dict(model.named_parameters())
+    dtype = model.dtype
+    broken: dict[str, None] = {}
+    n_bytes = sum(tensor.n_bytes for tensor in stored.values())
+    # disable=None shows the bar on a terminal only
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="loading", disable=None if progress else True) as bar:
+        for name, rows, piece in stream({name: stored[name] for name in table}):
+            cast = piece.to(dtype)
+            if not _is_finite(cast):
+                broken[f"{name}: holds NaN or infinity as {dtype}"] = None
+            _part(params, table[name])[rows].copy_(cast)
+            bar.update(piece.nbytes)
+        for name, rows, piece in stream({name: stored[name] for name in stored.keys() - table.keys()}):
+            # Only a tied head is left: a copy of the embedding, or the config is wrong to tie them.
+            if not torch.equal(piece.to(dtype), params["embed.weight"][rows].cpu()):
+                broken[f"{name}: differs from model.embed_tokens.weight, which config.json ties it to"] = None
+            bar.update(piece.nbytes)
+    if broken:
+        raise_problems(directory, "finite weights as config.json describes them", list(broken), "Do not use it.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    low, high = tensor.aminmax()  # NaN propagates; no temporary of the tensor's size, unlike isfinite().all()
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _part(params: Mapping[str, Tensor], slot: Slot) -> Tensor:
+    """The view of a parameter that a slot means."""
+    whole = params[slot.param]
+    return whole if slot.expert is None else whole[slot.expert, slot.rows]
+
+
+def _attach(model: Llama, directory: Path, source: str) -> None:
+    """Give the model what lies beside its weights."""
+    model.source = source
+    model.chat_template = _read_template(directory / _TEMPLATE_FILE)
+    has_tokenizer = (directory / "tokenizer.json").is_file()
+    model.tokenizer = Tokenizer.from_file(directory / "tokenizer.json") if has_tokenizer else None
+    if has_tokenizer and model.tokenizer.d_vocab > model.cfg.d_vocab:
+        raise CheckpointError(
+            f"{directory}: expected a tokenizer of at most {model.cfg.d_vocab} tokens, got {model.tokenizer.d_vocab}. "
+            "Put the model's own tokenizer.json there."
+        )
+    ends = _read_ends(directory / _GENERATION_FILE, model.cfg)
+    # <|call|> ends a turn in this family even where a checkpoint's files forget to say so
+    family = () if model.tokenizer is None else (model.tokenizer.eos_id, model.tokenizer.call_id)
+    model.stop_ids = tuple(dict.fromkeys([*ends, *family]))
+
+
+def _read_template(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: expected UTF-8 text, got {error}. Download or write it again.") from None
+
+
+def _read_ends(path: Path, cfg: ModelConfig) -> Sequence[int]:
+    """The ids that end a generation by generation_config.json, else by config.json."""
+    given = read_json(path).get("eos_token_id") if path.is_file() else None
+    if given is None:
+        return cfg.eos_ids
+    ends = given if isinstance(given, list) else [given]
+    if not all(type(token_id) is int and 0 <= token_id < cfg.d_vocab for token_id in ends):  # a bool is no id
+        raise CheckpointError(
+            f"{path}: expected eos_token_id to be null, an id below {cfg.d_vocab} or a list of such ids, "
+            f"got {given!r}. Correct it."
+        )
+    return ends
+
+
+def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in _DTYPES.values():
+        raise CheckpointError(f"dtype: expected auto, {', '.join(_DTYPES)}, got {dtype!r}. Choose one of these.")
+    return resolved
+
+
+def _as_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without the device's backend
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise CheckpointError(
+            f"device: expected one this machine has, got {str(device)!r} ({reason}). Use 'cpu'."
+        ) from None
+
+
+def _save_shards(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [SINGLE_FILE]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in shard.items()}, directory / file, {"format": "pt"}
+        )
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _save_companions(model: Llama, directory: Path) -> None:
+    """Write what lies beside the weights: tokenizer files, chat template, and the ids that end a generation."""
+    if model.tokenizer is not None:
+        (directory / "tokenizer.json").write_bytes(model.tokenizer.data)
+        beside = Path(model.tokenizer.source).parent
+        for name in _TOKENIZER_EXTRAS:
+            if (beside / name).is_file():
+                shutil.copyfile(beside / name, directory / name)
+    if model.chat_template is not None:
+        (directory / _TEMPLATE_FILE).write_text(model.chat_template, encoding="utf-8")
+    ends = {"bos_token_id": model.cfg.bos_id, "eos_token_id": list(model.stop_ids), "pad_token_id": model.cfg.pad_id}
+    _write_json(directory / _GENERATION_FILE, {key: value for key, value in ends.items() if value not in (None, [])})
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A directory beside `path` that takes its place once it is complete, and vanishes if anything goes wrong."""
+    is_checkpoint = (path / "config.json").is_file()
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_checkpoint):
+        raise CheckpointError(
+            f"{path}: expected a new directory or an earlier checkpoint, got something else. Choose another path."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    new, old = path.with_name(f".{path.name}.{unique}.new"), path.with_name(f".{path.name}.{unique}.old")
+    new.mkdir()
+    try:
+        yield new
+        if path.is_dir():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
