@@ -1,0 +1,1 @@
+"""Experiments on models, one per module: each function takes a model and returns a frame or tensors."""
