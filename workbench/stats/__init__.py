@@ -1,0 +1,1 @@
+"""Statistics of routing: frames in, frames out. No model and no torch here."""
