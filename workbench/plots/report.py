@@ -1,0 +1,85 @@
+"""One self-contained page from figures, numbers and example conversations: no network, nothing beside the file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """One token of an example: readable text, its segment (which colours it) and a hint shown on hover."""
+
+    text: str
+    segment: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation to show; `opened` tells whether it is unfolded at first."""
+
+    title: str
+    tokens: Sequence[ShownToken]
+    opened: bool = True
+
+
+def render_report(
+    figures: Mapping[str, go.Figure],
+    facts: Mapping[str, Any],
+    examples: Sequence[Example],
+    settings: Sequence[tuple[str, str]],
+) -> str:
+    """The page as HTML text.
+
+    Args:
+        figures: by the name under which report.html.j2 places them; one that is absent leaves its section out.
+        facts: the numbers that the template's sentences mention.
+        settings: rows (name, value) of the settings table.
+
+    Everything is escaped: prompts and answers may hold any markup. A content security policy lets only the page's own
+    two scripts run and forbids every request.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    scripts = (_plotly_js(), _read("report.js"))
+    return environment.get_template("report.html.j2").render(
+        figures={name: Markup(figure.to_json()) for name, figure in figures.items()},  # plotly escapes <, > and /
+        heights={name: figure.layout.height for name, figure in figures.items()},
+        facts=facts,
+        examples=examples,
+        settings=settings,
+        style=Markup(_read("report.css")),
+        scripts=[Markup(script) for script in scripts],
+        script_hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+    )
+
+
+@cache
+def _plotly_js() -> str:
+    return str(get_plotlyjs()).replace("\r\n", "\n")  # browsers hash the text after this normalisation
+
+
+def _read(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8").strip()
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

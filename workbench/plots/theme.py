@@ -1,0 +1,80 @@
+"""One look for every figure: transparent, readable on light and dark pages, safe for colour-blind readers.
+
+Colours are Okabe and Ito's (2008), a little lighter where the original is too dark for a dark page; they also differ in
+lightness, and lines differ in dash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import plotly.graph_objects as go
+
+from workbench.axes import EFFORTS, LANGUAGES, SEGMENTS
+
+FONT_STACK = "'Noto Sans', 'Noto Sans CJK JP', 'Noto Sans JP', 'Hiragino Sans', 'Yu Gothic', Meiryo, sans-serif"
+GREY = "#83888f"  # text: 3.6:1 on white and 4.6:1 on the dark page
+GRID = "rgba(131, 136, 143, 0.25)"
+
+COLOURS = {
+    "ja": "#d55e00",
+    "en": "#2b86c5",
+    "mixed": "#9a7bc8",
+    "user": "#83888f",
+    "analysis": "#009e73",
+    "commentary": "#b8860b",
+    "final": "#c65b9b",
+    "tool": "#9a7bc8",
+    "plain": "#83888f",
+    "low": "#8fb8de",
+    "medium": "#2b86c5",
+    "high": "#1d4f91",
+}
+DASHES = {"ja": "solid", "en": "dot", "user": "dash", "analysis": "solid", "final": "dot", "plain": "solid"}
+NAMES = {"ja": "Japanese", "en": "English", "mixed": "mixed"}
+
+# Below the reference is blue, above it orange, the reference itself fades into the page, light or dark.
+DIVERGING = (
+    (0.0, "#0b5fa5"),
+    (0.25, "#5aa2d6"),
+    (0.5, "rgba(131, 136, 143, 0.10)"),
+    (0.75, "#ec9a4b"),
+    (1.0, "#c04a00"),
+)
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": FONT_STACK, "size": 13, "color": GREY},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
+        "hovermode": "closest",
+        "hoverlabel": {"bgcolor": "#22262c", "font": {"color": "#f4f5f7", "family": FONT_STACK}, "bordercolor": GREY},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        "xaxis": {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True},
+        "yaxis": {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True},
+    }
+)
+
+
+def ordered(names: Iterable[Any]) -> list[Any]:
+    """Each name once, in the order of every figure: ja en, then segments as in a conversation, then anything else."""
+    ranks = {name: rank for rank, name in enumerate((*LANGUAGES, "mixed", *EFFORTS, *SEGMENTS))}
+    return sorted(set(names), key=lambda name: (ranks.get(name or "", len(ranks)), name or ""))
+
+
+def colour(name: str | None) -> str:
+    """The colour of a language, channel or effort; grey for anything else."""
+    return COLOURS.get(name or "", GREY)
+
+
+def faded(hex_colour: str, opacity: float) -> str:
+    """`#rrggbb` as an rgba() colour, for bands."""
+    red, green, blue = (int(hex_colour[place : place + 2], 16) for place in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
+
+
+def figure(height: int = 380) -> go.Figure:
+    """An empty figure in the theme, as wide as its place."""
+    return go.Figure(layout={"template": TEMPLATE, "height": height, "autosize": True})
