@@ -1,0 +1,99 @@
+"""The page in a real browser, without network, light and dark."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from workbench.io.runs import Run
+from workbench.study import write_report
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="needs Debian's chromium"),
+]
+sync_api = pytest.importorskip("playwright.sync_api")
+
+
+@dataclass
+class Opened:
+    page: object
+    problems: list[str] = field(default_factory=list)  # console errors, exceptions, requests to anywhere but the file
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def opened(request: pytest.FixtureRequest, browser, finished_run: Run) -> Iterator[Opened]:
+    path = write_report(finished_run)
+    context = browser.new_context(color_scheme=request.param, viewport={"width": 1280, "height": 900})
+    context.set_offline(True)
+    page = context.new_page()
+    found = Opened(page)
+
+    def refuse(route) -> None:
+        found.problems.append(route.request.url)
+        route.abort()
+
+    page.route(lambda url: not url.startswith(("file:", "data:", "blob:")), refuse)
+    page.on("console", lambda message: found.problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: found.problems.append(str(error)))
+    page.goto(path.as_uri())
+    page.wait_for_function("document.querySelectorAll('.main-svg').length > 0")
+    yield found
+    context.close()
+
+
+def test_every_figure_is_drawn_and_nothing_complains(opened: Opened, tmp_path: Path) -> None:
+    places = opened.page.locator("[data-figure]").count()
+    assert places == 10
+    opened.page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot').length === {places}")
+    drawn = opened.page.eval_on_selector_all(
+        ".js-plotly-plot",
+        "figures => figures.map(f => f.querySelectorAll('.point, .heatmaplayer image, path.js-line').length)",
+    )
+    assert all(marks > 0 for marks in drawn), drawn
+    opened.page.screenshot(path=tmp_path / "report.png", full_page=True)
+    assert (tmp_path / "report.png").stat().st_size > 50_000
+    assert opened.problems == []
+
+
+def test_hovering_a_cell_tells_layer_expert_and_load(opened: Opened) -> None:
+    figure = opened.page.locator("[data-figure=load_by_language]")
+    figure.scroll_into_view_if_needed()
+    box = figure.locator(".heatmaplayer image").first.bounding_box()
+    opened.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 3)
+    label = figure.locator(".hoverlayer .hovertext").first
+    label.wait_for(timeout=5000)
+    assert "expert" in label.text_content()
+    assert "load" in label.text_content()
+
+
+def test_text_is_readable_on_the_page_of_either_scheme(opened: Opened) -> None:
+    colours = opened.page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
+        " getComputedStyle(document.querySelector('.xtick text')).fill]"
+    )
+    page, body, tick = (
+        sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) / 765 for colour in colours
+    )
+    assert abs(page - body) > 0.6
+    assert abs(page - tick) > 0.35
+    assert not opened.page.evaluate("document.documentElement.scrollWidth > window.innerWidth")  # no sideways scrolling
+
+
+def test_hostile_prompt_text_runs_nothing(opened: Opened) -> None:
+    assert opened.page.locator("body img, body iframe").count() == 0
+    scripts = opened.page.locator("script:not([type])").count()
+    assert scripts == 2

@@ -1,0 +1,109 @@
+"""What the numbers say, in sentences: every number in them is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import polars as pl
+
+from workbench.axes import EFFORTS
+from workbench.plots.theme import NAMES, ordered
+
+ALPHA = 0.05
+FEW_GROUPS = 20
+CORRECTED = "after correction over all of them"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number and what it counts: "1 layer", "1,024 layers"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def findings(tokens: pl.DataFrame, frames: dict[str, pl.DataFrame], stop_ids: Collection[int]) -> list[str]:
+    """The page's opening lines, from the frames of `study.report.summarise`; `stop_ids` end an answer."""
+    lines = [*_divergence(frames), *_contrasts(frames), *_few_groups(frames), *_lengths(frames)]
+    lines.append(_balance(frames["balance"]))
+    unfinished = _unfinished(tokens, stop_ids)
+    return [*lines, unfinished] if unfinished else lines
+
+
+def _divergence(frames: dict[str, pl.DataFrame]) -> list[str]:
+    if "divergence" not in frames:
+        return ["The prompts are not in both Japanese and English, so the languages are not compared."]
+    frame = frames["divergence"]
+    if frame["excess"].is_nan().any():
+        return [f"With {counted(frame['n_groups'][0], 'group')} in both languages, no divergence can be estimated."]
+    above = frame.filter(pl.col("excess_low") > 0)
+    verdict = (
+        f"Japanese and English take different routes in {len(above)} of {counted(len(frame), 'layer')}, judged layer "
+        "by layer by the 95% interval of the excess over the within-language floor."
+    )
+    if above.is_empty():
+        return [verdict]
+    top = above.sort("excess", descending=True).row(0, named=True)
+    return [
+        f"{verdict} Of these the excess is largest in layer {top['layer']}: {top['between']:.3f} bits between "
+        f"languages against a floor of {top['floor']:.4f} (excess {top['excess']:.3f}, 95% interval "
+        f"{top['excess_low']:.3f} to {top['excess_high']:.3f})."
+    ]
+
+
+def _contrasts(frames: dict[str, pl.DataFrame]) -> list[str]:
+    if "contrasts" not in frames or frames["contrasts"]["p_adjusted"].is_nan().all():
+        return []
+    frame = frames["contrasts"]
+    certain = frame.filter(pl.col("p_adjusted") < ALPHA)
+    n_groups = frame["n_groups"][0]
+    if 2.0 ** (1 - n_groups) >= ALPHA:
+        return [f"With {counted(n_groups, 'group')} in both languages, no expert could be told apart at p < {ALPHA}."]
+    if certain.is_empty():
+        return [f"None of {counted(len(frame), 'expert')} is used significantly differently (p < {ALPHA} {CORRECTED})."]
+    large = certain.filter(pl.col("risk_difference").abs() >= 0.1)
+    top = certain.row(0, named=True)
+    side = NAMES["ja" if top["risk_difference"] > 0 else "en"]
+    return [
+        f"{len(certain)} of {counted(len(frame), 'expert')} {'is' if len(certain) == 1 else 'are'} used differently "
+        f"(p < {ALPHA} {CORRECTED}), {len(large)} of these by at least 10 points. The largest of these differences is "
+        f"layer {top['layer']}, expert {top['expert']}, used more in {side}: on average over prompt groups by "
+        f"{top['f_ja']:.1%} of a group's Japanese and {top['f_en']:.1%} of its English tokens."
+    ]
+
+
+def _few_groups(frames: dict[str, pl.DataFrame]) -> list[str]:
+    n_groups = frames["contrasts"]["n_groups"][0] if "contrasts" in frames else FEW_GROUPS
+    if n_groups >= FEW_GROUPS:
+        return []
+    return [f"These are {counted(n_groups, 'prompt group')}: below {FEW_GROUPS}, intervals are too narrow to rely on."]
+
+
+def _lengths(frames: dict[str, pl.DataFrame]) -> list[str]:
+    if "lengths" not in frames:
+        return []
+    frame = frames["lengths"].filter(pl.col("segment") == "analysis")
+    lines = []
+    for lang in ordered(frame["lang"]):
+        means = dict(frame.filter(pl.col("lang") == lang).select("effort", "mean").rows())
+        shown = ", ".join(f"{means[effort]:.0f} ({effort})" for effort in EFFORTS if effort in means)
+        lines.append(f"{NAMES.get(lang, lang)} analysis tokens per answer, on average over prompt groups: {shown}.")
+    return lines
+
+
+def _balance(balance: pl.DataFrame) -> str:
+    worst = balance.sort("effective_experts").row(0, named=True)
+    n_idle = int(balance["n_idle"].sum())
+    idle = (
+        f"In {counted(n_idle, 'case')} an expert got no content token of a language."
+        if n_idle
+        else "No expert is idle."
+    )
+    return (
+        f"The least even layer is {worst['layer']} in {NAMES.get(worst['lang'], worst['lang'])}, with "
+        f"{worst['effective_experts']:.1f} effective experts. {idle}"
+    )
+
+
+def _unfinished(tokens: pl.DataFrame, stop_ids: Collection[int]) -> str:
+    """How many answers were cut off by the token limit: those that do not end in a token that ends generation."""
+    last = tokens.filter(pl.col("phase") == "decode").group_by("doc_id").agg(pl.col("token_id").sort_by("pos").last())
+    cut = last.filter(~pl.col("token_id").is_in(list(stop_ids))).height
+    return f"The token limit cut off {cut:,} of {counted(len(last), 'answer')}." if cut else ""

@@ -1,0 +1,160 @@
+"""From a finished run to its page: frames, statistics, figures, sentences."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import polars as pl
+
+from workbench.axes import LANGUAGES
+from workbench.errors import RunError
+from workbench.io.run_files import write_text
+from workbench.io.runs import Run
+from workbench.plots.distributions import contrast_forest, divergence_curves, layer_curves, length_bars
+from workbench.plots.heatmaps import contrast_map, load_map
+from workbench.plots.report import render_report
+from workbench.plots.theme import ordered
+from workbench.stats.contrasts import language_contrasts, language_divergence
+from workbench.stats.load import CONTENT_SEGMENTS, TEMPLATE_SEGMENTS, expert_load, load_balance, slot_counts
+from workbench.stats.summaries import layer_means, segment_lengths
+from workbench.study.examples import choose_examples
+from workbench.study.findings import counted, findings
+
+Frames = dict[str, pl.DataFrame]
+
+
+def write_report(run: Run | str | Path, seed: int | None = None) -> Path:
+    """Compute the statistics of a finished run and write its report.html; returns the page's path.
+
+    `seed` is that of their resampling, and is kept in the run's manifest; None takes the one kept there, at first 0.
+    Raises RunError when the directory is no finished run or the seed is negative.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    seed = run.seed if seed is None else seed
+    check_seed(seed)
+    run.seed = seed
+    tokens = run.tokens.collect()
+    frames = summarise(run, tokens)
+    page = render_report(
+        draw(frames), _facts(run, tokens, frames), choose_examples(tokens, run.routing), _settings_table(run.manifest)
+    )
+    path = run.path / "report.html"
+    write_text(path, page)
+    return path
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises RunError for a negative seed, which no random generator takes."""
+    if seed is not None and seed < 0:
+        raise RunError(f"seed: expected at least 0, got {seed}. Pass a larger number.")
+
+
+def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
+    """Every statistic of the page by name. Template tokens are left out; the prompt group is the unit."""
+    seed = run.seed
+    load = run.load().filter(pl.col("segment").is_in(CONTENT_SEGMENTS))
+    frames = {f"load_by_{by}": expert_load(load, [column], run.n_experts) for by, column in _PANELS.items()}
+    frames["balance"] = load_balance(frames["load_by_language"], ["lang"])
+    if set(LANGUAGES) <= set(tokens["lang"]):
+        counts = slot_counts(tokens, run.routing, ["group_id", "lang"])
+        frames["divergence"] = language_divergence(counts, run.n_experts, seed=seed)
+        frames["contrasts"] = language_contrasts(counts, run.n_experts, seed=seed)
+    frames["load_by_segment"] = frames["load_by_segment"].filter(pl.col("segment").is_in(_common_segments(load)))
+    for value in ("entropy", "margin"):
+        for by, column in _PANELS.items():
+            segments = _common_segments(load) if by == "segment" else CONTENT_SEGMENTS
+            means = layer_means(tokens, run.routing, f"router_{value}", [column], segments, seed=seed)
+            if not means.is_empty():
+                frames[f"{value}_by_{by}"] = means
+    if "analysis" in set(tokens.filter(pl.col("effort").is_not_null())["segment"]):
+        frames["lengths"] = segment_lengths(tokens, seed=seed)
+    return frames
+
+
+_PANELS = {"language": "lang", "segment": "segment"}
+MIN_SHARE = 0.01  # a part of the conversation with fewer of the counted tokens gets no panel or curve of its own
+
+
+def _common_segments(load: pl.DataFrame) -> list[str]:
+    shares = load.group_by("segment").agg(pl.col("slots").sum()).with_columns(pl.col("slots") / pl.col("slots").sum())
+    return shares.filter(pl.col("slots") >= MIN_SHARE)["segment"].to_list()
+
+
+def draw(frames: Frames) -> dict[str, go.Figure]:
+    """The figures of the page, by the names that its template places."""
+    figures = {f"load_by_{by}": load_map(frames[f"load_by_{by}"], column) for by, column in _PANELS.items()}
+    figures["balance"] = layer_curves(frames["balance"], "lang", "effective experts", value="effective_experts")
+    if "divergence" in frames:
+        figures["divergence"] = divergence_curves(frames["divergence"])
+        figures["forest"] = contrast_forest(frames["contrasts"])
+        figures["contrast_map"] = contrast_map(frames["contrasts"])
+    for value, title in (("entropy", "router entropy (nats)"), ("margin", "router margin (logits)")):
+        for by, column in _PANELS.items():
+            if f"{value}_by_{by}" in frames:
+                figures[f"{value}_by_{by}"] = layer_curves(frames[f"{value}_by_{by}"], column, title)
+    if "lengths" in frames:
+        figures["lengths"] = length_bars(frames["lengths"])
+    return figures
+
+
+def _facts(run: Run, tokens: pl.DataFrame, frames: Frames) -> dict[str, Any]:
+    model, counts = run.manifest["model"], run.manifest["counts"]
+    return {
+        "model": model["name"],
+        "languages": ordered(tokens["lang"]),
+        "segments": ordered(tokens["segment"]),
+        "docs": counted(counts["n_docs"], _document_name(run)),
+        "groups": counted(counts["n_groups"], "prompt group"),
+        "tokens": counted(counts["n_tokens"], "token"),
+        "layers": counted(counts["n_routed_layers"], "layer"),
+        "answered": "decode" in set(tokens["phase"]),
+        "n_experts": model["n_experts"],
+        "k": model["k"],
+        "n_tests": f"{counts['n_routed_layers'] * model['n_experts']:,}",
+        "max_entropy": f"{math.log(model['n_experts']):.2f}",
+        "findings": findings(tokens, frames, model["stop_ids"]),
+        "policy": _policy(run, tokens),
+    }
+
+
+def _document_name(run: Run) -> str:
+    return "conversation" if run.manifest["settings"]["template"] == "harmony" else "text"
+
+
+def _policy(run: Run, tokens: pl.DataFrame) -> str:
+    settings, document = run.manifest["settings"], _document_name(run)
+    n_content = tokens["segment"].is_in(CONTENT_SEGMENTS).sum()
+    rendering = (
+        "Prompts were rendered by the chat template, without adding a BOS token,"
+        if settings["template"] == "harmony"
+        else "Prompts were given as bare text after a BOS token"
+    )
+    answers = "answered greedily" if settings["max_new_tokens"] else "not answered"
+    return (
+        f"{rendering} and {answers}; routing was then read from one pass over each whole {document}. "
+        f"{n_content:,} of {len(tokens):,} tokens are counted: {', '.join(TEMPLATE_SEGMENTS)} tokens are scaffolding, "
+        "not content, and are left out; padding is never recorded. The load maps weigh tokens equally; "
+        "everything with an interval weighs prompt groups equally, with the group as the unit of resampling. "
+        f"Parts of a {document} that hold under {MIN_SHARE:.0%} of the counted tokens are not drawn on their own."
+    )
+
+
+def _settings_table(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """The manifest as rows (dotted name, value); of where a checkpoint lay only the name, as the page may be shared."""
+    rows: list[tuple[str, str]] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}" if prefix else name, Path(inner).name if name == "source" and inner else inner)
+        elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            for place, entry in enumerate(value, 1):
+                walk(f"{prefix} {place}", entry)
+        else:
+            rows.append((prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+
+    walk("", {name: value for name, value in manifest.items() if name not in ("format", "status")})
+    return rows

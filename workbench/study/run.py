@@ -1,0 +1,88 @@
+"""Run a study: batch after batch through the model into a run directory, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from workbench.axes import SEGMENTS, TOKEN_COLUMNS
+from workbench.capture import capture_routing, check_room, routed_layers, suitable_threads, write_answers
+from workbench.chat import label_tokens
+from workbench.io.prompts import LANGS, Prompt
+from workbench.io.run_files import Labels
+from workbench.io.runs import Run, RunWriter
+from workbench.io.tokens import Tokenizer
+from workbench.models import Llama
+from workbench.study.describe import describe_model, describe_prompts, describe_sitting, tokenizer_of
+from workbench.study.plan import Document, Settings, plan_documents
+from workbench.study.progress import Stopwatch, show_progress
+
+
+def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings: Settings | None = None) -> Run:
+    """Answer every prompt at every effort, capture the routing of each whole conversation, write a run directory.
+
+    A directory that holds a part of the same study is continued, a finished one is opened as it is; the result is the
+    same as that of one uninterrupted run. Raises RunError naming the first setting that differs from the run that is
+    there, ConfigError for a model without experts, ShapeError for a prompt that does not fit the context.
+    """
+    settings = settings or Settings()
+    routed_layers(model)
+    tokenizer = tokenizer_of(model)
+    documents = plan_documents(prompts, tokenizer, settings, model.chat_template)
+    check_room(model, [document.ids for document in documents], settings.max_new_tokens)
+    batches = [
+        documents[start : start + settings.batch_size] for start in range(0, len(documents), settings.batch_size)
+    ]
+    identity = {
+        "settings": settings.manifest(),  # first: a difference here is named, not the hashes that follow from it
+        "model": describe_model(model, tokenizer),
+        "prompts": describe_prompts(prompts, documents),
+    }
+    watch = Stopwatch()
+    with suitable_threads(model), RunWriter.open(out, identity, describe_sitting(model), len(batches)) as writer:
+        for part in show_progress(writer.missing(), len(batches)):
+            writer.write(part, *measure(model, tokenizer, batches[part], settings.max_new_tokens, watch))
+        return writer.finish(watch.report())
+
+
+def measure(
+    model: Llama, tokenizer: Tokenizer, batch: Sequence[Document], max_new_tokens: int, watch: Stopwatch
+) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray, Labels]:
+    """One batch: (tokens, routing, expert load [lang segment layer expert], labels of the load's first axes)."""
+    with watch("generation"):
+        answers = write_answers(model, [document.ids for document in batch], max_new_tokens)
+    with watch("capture"):
+        routing = capture_routing(model, [[*doc.ids, *answer] for doc, answer in zip(batch, answers, strict=True)])
+    with watch("frames"):
+        tokens = pl.concat([token_frame(doc, answer, tokenizer) for doc, answer in zip(batch, answers, strict=True)])
+        labels: Labels = {"lang": list(LANGS), "segment": list(SEGMENTS), "layer": list(routing.layers)}
+        cells = [
+            (LANGS.index(lang), SEGMENTS.index(segment)) for lang, segment in tokens.select("lang", "segment").rows()
+        ]
+        load = routing.load(cells, (len(LANGS), len(SEGMENTS)))
+        return tokens, routing.frame(tokens["doc_id"].to_list(), tokens["pos"].to_list()), load, labels
+
+
+def token_frame(document: Document, answer: Sequence[int], tokenizer: Tokenizer) -> pl.DataFrame:
+    """One row per token of a conversation, with axes.TOKEN_COLUMNS; `answer` are the ids that the model wrote."""
+    ids = [*document.ids, *answer]
+    return (
+        pl.DataFrame(
+            {
+                "doc_id": document.doc_id,
+                "group_id": document.group_id,
+                "topic": document.topic,
+                "lang": document.lang,
+                "pos": range(len(ids)),
+                "token_id": ids,
+                "token": tokenizer.to_str_tokens(ids),
+                "segment": label_tokens(ids, tokenizer),
+                "phase": ["prefill"] * len(document.ids) + ["decode"] * len(answer),
+            }
+        )
+        .with_columns(effort=pl.lit(document.effort, dtype=pl.String))
+        .select(TOKEN_COLUMNS)
+    )
