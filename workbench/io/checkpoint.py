@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,9 +21,8 @@ SINGLE_FILE = "model.safetensors"
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# A mapped file counts as memory wherever it was touched, until it is closed: reopening it this often bounds the sum.
-WINDOW_BYTES = 4 * 2**20
-WINDOW_SHARE = 1 / 64
+PIECE_BYTES = 4 * 2**20
+PIECE_SHARE = 1 / 64
 MAX_LISTED = 12
 
 
@@ -153,48 +152,48 @@ def _read_header(shard: Path) -> list[tuple[str, StoredTensor]]:
 def stream(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, slice, torch.Tensor]]:
     """The tensors file by file, in pieces: (name, rows, piece), where `piece` is `tensor[rows]` on the CPU.
 
-    At most about two windows stay in memory (more only if one row is longer), a window being WINDOW_SHARE of all bytes
-    and at least WINDOW_BYTES. A piece may be a view of the mapped file: copy out of it before asking for the next one.
+    Pieces are read into one buffer, which is a PIECE_SHARE of all bytes and at least PIECE_BYTES (more only if one row
+    is longer): copy out of a piece before asking for the next one. Read, not mapped: how much of a mapped file counts
+    as this process's memory is the kernel's choice.
     """
-    window = max(WINDOW_BYTES, int(WINDOW_SHARE * sum(tensor.n_bytes for tensor in tensors.values())))
-    by_file: dict[Path, set[str]] = defaultdict(set)
+    size = max(PIECE_BYTES, int(PIECE_SHARE * sum(tensor.n_bytes for tensor in tensors.values())))
+    buffer = bytearray(max([size, *(tensor.n_bytes // tensor.shape[0] for tensor in tensors.values())]))
+    by_file: dict[Path, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
-        by_file[tensor.file].add(name)
+        by_file[tensor.file].append(name)
     for shard, names in by_file.items():
-        with safe_open(shard, framework="pt") as file:
-            in_order = [name for name in file.offset_keys() if name in names]
-        for blocks in _windows(
-            [block for name in in_order for block in _row_blocks(name, tensors[name], window)], window
-        ):
-            with safe_open(shard, framework="pt") as file:
-                for block in blocks:
-                    yield block.name, block.rows, file.get_slice(block.name)[block.rows]
+        with shard.open("rb", buffering=0) as file:
+            offsets = _data_offsets(file)
+            for name in sorted(names, key=offsets.__getitem__):
+                yield from _pieces(file, offsets[name], name, tensors[name], buffer)
 
 
-class _Block(NamedTuple):
-    name: str
-    rows: slice
-    n_bytes: int
+def _data_offsets(file: BinaryIO) -> dict[str, int]:
+    """Where each tensor's bytes begin: eight bytes give the length of a JSON header, offsets count from its end."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _row_blocks(name: str, tensor: StoredTensor, window: int) -> Iterator[_Block]:
-    n_rows = tensor.shape[0]
+def _pieces(
+    file: BinaryIO, offset: int, name: str, tensor: StoredTensor, buffer: bytearray
+) -> Iterator[tuple[str, slice, torch.Tensor]]:
+    n_rows, dtype = tensor.shape[0], FLOAT_DTYPES[tensor.dtype]
     row_bytes = tensor.n_bytes // n_rows
-    step = max(1, window // row_bytes)
+    step = len(buffer) // row_bytes
+    file.seek(offset)
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
-        yield _Block(name, slice(start, stop), (stop - start) * row_bytes)
+        _read_exactly(file, memoryview(buffer)[: (stop - start) * row_bytes], tensor.file)
+        n_values = (stop - start) * row_bytes // dtype.itemsize
+        piece = torch.frombuffer(buffer, dtype=dtype, count=n_values).view(stop - start, *tensor.shape[1:])
+        yield name, slice(start, stop), piece
 
 
-def _windows(blocks: Iterable[_Block], window: int) -> Iterator[list[_Block]]:
-    """Group blocks, in order, until a window is full."""
-    group: list[_Block] = []
+def _read_exactly(file: BinaryIO, view: memoryview, shard: Path) -> None:
     filled = 0
-    for block in blocks:
-        group.append(block)
-        filled += block.n_bytes
-        if filled >= window:
-            yield group
-            group, filled = [], 0
-    if group:
-        yield group
+    while filled < len(view):  # one read returns 2 GB at most
+        n_bytes = file.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not n_bytes:
+            raise CheckpointError(f"{shard}: expected {len(view)} more bytes, got {filled}. Download it again.")
+        filled += n_bytes

@@ -120,8 +120,8 @@ def test_rotary_buffers_anywhere_else_are_extra(one_file: Path, name: str) -> No
 
 
 def test_pieces_smaller_than_a_tensor_add_up(moe: Llama, one_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "WINDOW_BYTES", 300)
-    monkeypatch.setattr(checkpoint, "WINDOW_SHARE", 0.0)
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 300)
+    monkeypatch.setattr(checkpoint, "PIECE_SHARE", 0.0)
     assert_same_weights(moe, load_model(one_file))
 
 
