@@ -1,0 +1,1 @@
+"""Doors to other frameworks, each imported only when its own module is used."""
