@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench_kernels import interpreter
 from workbench_kernels.moe.blocks import Blocks, blocks_for, choose_path
 from workbench_kernels.moe.checks import Weight, check_intervene, check_layer
 from workbench_kernels.moe.choice import choose_implementation
@@ -70,6 +71,8 @@ def plan_layer(
 
     if x.stride(-1) != 1:
         x = x.contiguous()
+    if x.device.type == "cpu" and not interpreter.interpreting():
+        raise ValueError(f"x: expected a GPU tensor for 'triton', got {x.device}. Move it, or choose another impl.")
     for name, weight in (("gate_up", gate_up), ("down", down)):
         values = weight.values if isinstance(weight, QuantizedExperts) else weight
         if not values.is_contiguous():
@@ -113,24 +116,28 @@ def _nothing(layer: Any) -> tuple[Tensor, Routing]:
     return layer.x.new_zeros(t, layer.d_model), _routing(layer, routed, found)
 
 
+NO_GRADIENT = (
+    "gradient through the experts: expected an implementation that has one, got 'triton'. "
+    "Use moe_impl='grouped_mm' or 'sorted' (impl= in fused_moe)."
+)
+
+
 class _NoGradient(torch.autograd.Function):
     """The identity on a result that was computed without a graph; its backward pass says what to use instead."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, error: type[Exception], *inputs: Tensor) -> Tensor:
+        ctx.error = error
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "gradient through the experts: expected an implementation that has one, got 'triton'. "
-            "Use moe_impl='grouped_mm' or 'sorted' (impl= in fused_moe), or torch.no_grad()."
-        )
+        raise ctx.error(NO_GRADIENT)
 
 
-def without_gradient(y: Tensor, *inputs: Any) -> Tensor:
-    """y, such that a backward pass which would reach `inputs` raises instead of passing them by."""
+def without_gradient(y: Tensor, *inputs: Any, error: type[Exception] = RuntimeError) -> Tensor:
+    """y, such that a backward pass which would reach `inputs` raises `error` instead of passing them by."""
     tensors = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _NoGradient.apply(y, *tensors)
+        return _NoGradient.apply(y, error, *tensors)
     return y

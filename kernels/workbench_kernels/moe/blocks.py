@@ -2,7 +2,8 @@
 
 A set of blocks is a plain dict, as it stands in a table: {"bm", "router", "gate_up", "down", "combine"}. `bm` is the
 number of slots in a tile (absent for decode); bn weight rows, bk columns, warps, stages, group (tiles that run through
-their columns together) and tma (weights by tensor descriptor, sm_90 on) belong to one kernel.
+their columns together) and tma (weights by tensor descriptor, sm_90 on) belong to one kernel. In the router, bt tokens and bk
+columns are for the logits, summed over `splits` parts, and `tokens` is how many tokens one program chooses experts for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from workbench_kernels.moe.plan import PATHS
 Blocks = dict[str, Any]
 DECODE_TOKENS, SKINNY_SLOTS = 4, 16  # up to 4 tokens; up to 16 slots per expert on average
 
-_ROUTER = {"bt": 16, "bk": 64, "splits": 20, "warps": 4, "stages": 3}
+_ROUTER = {"tokens": 4, "bt": 16, "bk": 64, "splits": 20, "warps": 4, "stages": 3}
 SAFE: dict[str, Blocks] = {
     "decode": {
         "router": _ROUTER,

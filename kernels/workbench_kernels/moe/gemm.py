@@ -34,17 +34,21 @@ def load_rows(rows, row_mask, col0, width, BK: tl.constexpr):
 def load_weight(weight, row0, n, row_mask, col0, width, BK: tl.constexpr, TMA: tl.constexpr):
     """[BN, BK] of a weight's stored values; beyond the row mask a descriptor reads rows that are never stored."""
     if TMA:
-        return weight.load([row0, col0])
-    col = col0 + tl.arange(0, BK)
-    cell = (row0 + n).to(tl.int64)[:, None] * width + col[None, :]
-    return tl.load(weight + cell, mask=row_mask[:, None] & (col < width)[None, :], other=0)
+        values = weight.load([row0, col0])
+    else:
+        col = col0 + tl.arange(0, BK)
+        cell = (row0 + n).to(tl.int64)[:, None] * width + col[None, :]
+        values = tl.load(weight + cell, mask=row_mask[:, None] & (col < width)[None, :], other=0)
+    return values
 
 
 @triton.jit
 def multiply(acc, rows, weight, SWAP: tl.constexpr):
     if SWAP:
-        return tl.dot(weight, tl.trans(rows), acc, input_precision="ieee")
-    return tl.dot(rows, tl.trans(weight), acc, input_precision="ieee")
+        acc = tl.dot(weight, tl.trans(rows), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(rows, tl.trans(weight), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -55,8 +59,10 @@ def accumulate(acc, low, high, weight, scale, FMT: tl.constexpr, SWAP: tl.conste
         bottom = ((weight << 4) >> 4).to(tl.float32) * scale[:, None]
         top = (weight >> 4).to(tl.float32) * scale[:, None]
         acc = multiply(acc, low, bottom.to(dtype), SWAP)
-        return multiply(acc, high, top.to(dtype), SWAP)
-    return multiply(acc, low, weight.to(dtype), SWAP)
+        acc = multiply(acc, high, top.to(dtype), SWAP)
+    else:
+        acc = multiply(acc, low, weight.to(dtype), SWAP)
+    return acc
 
 
 @triton.jit(do_not_specialize=["MAX_TILES"])

@@ -30,7 +30,7 @@ from workbench_kernels.moe import combine, decode, gemm, router, sort
 
 Taps = Mapping[str, Callable[[Tensor], Tensor]]
 _TL = {torch.bfloat16: triton.language.bfloat16, torch.float16: triton.language.float16}
-_CHUNK, _MANY = 128, 16384  # slots that one step of the sort looks at; slots from which a program takes several steps
+_CHUNK, _MANY = 64, 8192  # slots that one step of the sort looks at; slots from which a program takes several steps
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ def route(layer: Layer, taps: Taps | None = None) -> Routed:
     """Router logits to experts and weights. A tap costs one more small launch: what follows it is chosen again."""
     taps = taps or {}
     sizes = layer.blocks["router"]
-    splits = min(sizes["splits"], triton.cdiv(layer.d_model, sizes["bk"]))
-    span = triton.cdiv(triton.cdiv(layer.d_model, splits), sizes["bk"]) * sizes["bk"]
+    bk = sizes["bk"] // 2 if torch.float32 in (layer.x.dtype, layer.router_weight.dtype) else sizes["bk"]
+    splits = min(sizes["splits"], triton.cdiv(layer.d_model, bk))
+    span = triton.cdiv(triton.cdiv(layer.d_model, splits), bk) * bk
     partial = layer.new(splits, layer.n_tokens, layer.n_experts, dtype=torch.float32)
     router.router_partial_kernel[(triton.cdiv(layer.n_tokens, sizes["bt"]), splits)](
         layer.x, layer.router_weight, partial, layer.n_tokens, layer.d_model, layer.n_experts, layer.x.stride(0),
-        BT=sizes["bt"], BE=_power(layer.n_experts), BK=sizes["bk"], SPAN=span,
+        BT=sizes["bt"], BE=_power(layer.n_experts), BK=bk, SPAN=span,
         num_warps=sizes["warps"], num_stages=sizes["stages"],
     )  # fmt: skip
     probs = bool({"router_probs", "expert_ids"} & taps.keys()) or "router_probs" in layer.need.names
@@ -125,7 +126,7 @@ def _again(layer: Layer, routed: Routed, probs: Tensor, ids: Tensor | None = Non
 def _choose(layer: Layer, source: Tensor, splits: int, probs: bool = False, ids: Tensor | None = None) -> Routed:
     """`splits` partial logits [splits, T, E], or with 0 the probabilities; `ids` override forced ones."""
     t, e, change = layer.n_tokens, layer.n_experts, layer.change
-    bt = 4
+    bt = layer.blocks["router"]["tokens"]
     clean = layer.new(t, e, dtype=torch.float32) if splits else None
     asked = layer.new(t, e, dtype=torch.float32) if probs else None
     margin = layer.new(t, dtype=torch.float32) if "margin" in layer.need.names and splits else None
@@ -149,15 +150,15 @@ def order(layer: Layer, routed: Routed) -> tuple[Routed, Tiles | None]:
         return routed, None
     n, e = routed.ids.numel(), layer.n_experts
     bm = layer.blocks["bm"] if grouped else 1
-    repeat = 8 if n > _MANY else 1
+    repeat = 16 if n > _MANY else 1
     n_chunks, n_tiles = triton.cdiv(n, _CHUNK * repeat), min(n, triton.cdiv(n, bm) + e - 1)
     counts, starts = (layer.new(n_chunks, e, dtype=torch.int32) for _ in range(2))
     load = layer.new(e, dtype=torch.float32)
     sizes = {"BE": _power(e), "num_warps": 8}
     sort.count_kernel[(n_chunks,)](routed.ids, counts, n, e, C=_CHUNK, REPEAT=repeat, **sizes)
     names = [layer.new(n_tiles, dtype=torch.int32) for _ in range(3)] if grouped else [None] * 3
-    bc = min(128, triton.next_power_of_2(n_chunks))
-    sort.scan_kernel[(1,)](counts, starts, load, *names, n, n_chunks, e, n_tiles, BM=bm, BC=bc, BT=64, **sizes)
+    bc = min(32, triton.next_power_of_2(n_chunks))
+    sort.scan_kernel[(1,)](counts, starts, load, *names, n, n_chunks, e, n_tiles, BM=bm, BC=bc, BT=32, **sizes)
     routed = replace(routed, load=load)
     if not grouped:
         return routed, None
