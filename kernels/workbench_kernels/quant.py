@@ -68,8 +68,7 @@ def quantize(weight: Tensor, bits: int, group: int = 64) -> QuantizedExperts:
     """
     group = check_format(tuple(weight.shape), bits, group)
     n_experts, n_rows, n_cols = weight.shape
-    kind = {"dtype": torch.int8, "device": weight.device}
-    values = torch.empty(n_experts, n_rows, n_cols * bits // 8, **kind)  # type: ignore[arg-type]
+    values = torch.empty(n_experts, n_rows, n_cols * bits // 8, dtype=torch.int8, device=weight.device)
     scale_dtype = torch.float32 if bits == 8 else torch.bfloat16
     scales = torch.empty(n_experts, n_cols // group, n_rows, dtype=scale_dtype, device=weight.device)
     for expert in range(n_experts):

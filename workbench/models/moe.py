@@ -62,6 +62,7 @@ class Moe(nn.Module):
         out = routed_experts(
             x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1), self.gate_up, self.down,
             impl=self.moe_impl, taps=self._taps(x.shape[:2]),
+            numerics="trained" if self.router_dtype == "float32" else "hf",
         )  # fmt: skip
         return out.view_as(x)
 
