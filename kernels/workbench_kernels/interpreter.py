@@ -38,6 +38,7 @@ def correct() -> None:
     _correct_casts(interpreter)
     _correct_arithmetic(interpreter)
     _correct_loop_bounds(interpreter)
+    _patch_once(interpreter)
     interpreter.range = _program_range  # the grid loops read this name before the builtin
     _corrected = True
 
@@ -141,6 +142,27 @@ def _correct_loop_bounds(interpreter: Any) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
 
     interpreter._patch_lang_tensor = patch
+
+
+def _patch_once(interpreter: Any) -> None:
+    """Patch `triton.language` at the first call and leave it so.
+
+    The stock interpreter does it again in every call of a jit function, also of one by another, which is most of the
+    time that small blocks take.
+    """
+    stock, done = interpreter._patch_lang, set()
+
+    class Kept:
+        def restore(self) -> None:
+            """Nothing was patched for one call alone."""
+
+    def patch(fn: Any) -> Kept:
+        if id(fn.__globals__) not in done:  # of a module, so it stays alive
+            stock(fn)
+            done.add(id(fn.__globals__))
+        return Kept()
+
+    interpreter._patch_lang = patch
 
 
 def _program_range(*args: int) -> Any:
