@@ -18,7 +18,7 @@ int8 and int4 experts are dequantised one at a time as they are hit (by `sorted`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +132,7 @@ def _mix(rows: Tensor, places: Tensor, weights: Tensor, as_transformers: bool) -
 
 def _linear_sorted(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
     experts, counts = groups.hit
+    matrices: Iterable[Tensor]
     widened = [not groups.as_transformers and _widens(rows, count) for count in counts]
     if isinstance(weight, QuantizedExperts):
         matrices = [weight.dequantize(expert, torch.float32 if wide else rows.dtype)

@@ -54,7 +54,7 @@ def fallback_moe(
     outputs = _output_tap(ids, change, taps.pop("expert_out", None))
     y = routed_experts(x, ids, weights, gate_up, down, impl=impl, taps={**taps, **outputs}, numerics=numerics)
     return y, Routing(
-        logits, ids, weights.to(wide), expert_load(ids, router_weight.shape[0]), impl=impl,
+        logits, ids, weights.to(wide), expert_load(ids, router_weight.shape[0]), impl=impl, path=None,
         router_probs=probs if "router_probs" in need.names else None, margin=margin, **found,
     )  # fmt: skip
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from workbench_kernels.moe.plan import PATHS
+from workbench_kernels.quant import QuantizedExperts
+from workbench_kernels.tables import Blocks, lookup
 
-Blocks = dict[str, Any]
 DECODE_TOKENS, SKINNY_SLOTS = 4, 16  # up to 4 tokens; up to 16 slots per expert on average
 
 _ROUTER = {"tokens": 4, "bt": 16, "bk": 64, "splits": 20, "warps": 4, "stages": 3}
@@ -61,5 +62,8 @@ def safe_blocks(path: str, dtype: torch.dtype) -> Blocks:
 
 
 def blocks_for(path: str, x: torch.Tensor, gate_up: Any, down: Any, k: int) -> Blocks:
-    """The blocks for one call: safe ones, for there is no table yet."""
-    return safe_blocks(path, x.dtype)
+    """The blocks for one call: the table's, or safe ones where it has none, which `lookup` says."""
+    n_experts, d_model, d_expert = down.shape
+    shape = {"d_model": d_model, "d_expert": d_expert, "n_experts": n_experts, "k": k}
+    bits = gate_up.bits if isinstance(gate_up, QuantizedExperts) else 16
+    return lookup(path, x.shape[0], shape, x.dtype, bits, x.device) or safe_blocks(path, x.dtype)
