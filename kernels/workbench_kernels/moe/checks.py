@@ -11,6 +11,7 @@ from workbench_kernels.moe.plan import NUMERICS, PATHS, Intervene
 from workbench_kernels.quant import QuantizedExperts
 
 Weight = Tensor | QuantizedExperts
+_ARTICLE = {"bool": "a", "floating": "a", "integer": "an"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -61,7 +62,7 @@ def check_intervene(intervene: Intervene, n_tokens: int, n_experts: int, k: int,
         if not isinstance(tensor, Tensor) or _kind(tensor.dtype) != kind or tuple(tensor.shape) not in shapes:
             wanted = " or ".join(str(list(shape)) for shape in shapes)
             got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name}: expected a {kind} tensor {wanted}, got {got}.")
+            raise ValueError(f"{name}: expected {_ARTICLE[kind]} {kind} tensor {wanted}, got {got}.")
         _same_device(name, tensor.device, like.device)
     if (intervene.replace_experts is None) != (intervene.replace_rows is None):
         raise ValueError("replace_experts, replace_rows: expected both or neither, got one. They act together.")

@@ -18,8 +18,17 @@ CASES = [  # tokens, d_model, d_expert, experts, k
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("t", "d", "f", "e", "k", "dtype"), CASES)
+def each_path() -> list[object]:
+    """The cases on every path; decode goes slot by slot, and so does the interpreter: there, many slots are slow."""
+    slow = {path: [pytest.mark.slow] if path == "decode" else [] for path in PATHS}
+    return [
+        pytest.param(path, *case, marks=slow[path] if case[0] * case[4] > 24 else [])
+        for path in PATHS
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize(("path", "t", "d", "f", "e", "k", "dtype"), each_path())
 def test_every_path_equals_the_oracle(path: str, t: int, d: int, f: int, e: int, k: int, dtype: torch.dtype) -> None:
     check(problem(t, d, f, e, k, dtype), path, need=NEEDS)
 
@@ -31,7 +40,7 @@ def test_every_path_equals_the_oracle(path: str, t: int, d: int, f: int, e: int,
 )
 def test_all_sizes(path: str, t: int, e: int, k: int) -> None:
     if k > e or (path == "decode" and t * k > 64):
-        return  # the decode path goes slot by slot, and so does the interpreter
+        return
     check(problem(t, 45, 27, e, k, BF16, seed=t + e + k), path)
 
 
