@@ -132,28 +132,35 @@ def _mix(rows: Tensor, places: Tensor, weights: Tensor, as_transformers: bool) -
 
 def _linear_sorted(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
     experts, counts = groups.hit
-    matrices: Iterable[Tensor]
     widened = [not groups.as_transformers and _widens(rows, count) for count in counts]
-    if isinstance(weight, QuantizedExperts):
-        matrices = [weight.dequantize(expert, torch.float32 if wide else rows.dtype)
-                    for expert, wide in zip(experts, widened, strict=True)]  # fmt: skip
-    elif torch.is_grad_enabled() and (weight.requires_grad or rows.requires_grad):
-        # unbind, not indexing: its backward writes one gradient for all experts instead of one full tensor for each
-        every = weight.unbind()
-        parts = zip(rows.split(counts), experts, widened, strict=True)
-        products = [_product(part, every[expert], wide) for part, expert, wide in parts]
-        return torch.cat(products) if products else rows.new_empty(0, weight.shape[1])
-    elif not groups.lone and not any(widened) and _loops_in_torch(rows, weight):
+    plain = isinstance(weight, Tensor)
+    with_graph = torch.is_grad_enabled() and (rows.requires_grad or (plain and weight.requires_grad))
+    if plain and not (with_graph or groups.lone or any(widened)) and _loops_in_torch(rows, weight):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
-    else:
-        matrices = (weight[expert] for expert in experts)
+    matrices = _matrices(weight, experts, widened, with_graph, rows.dtype)
+    products = zip(rows.split(counts), matrices, widened, strict=True)
+    if with_graph:
+        parts = [_product(*product) for product in products]
+        return torch.cat(parts) if parts else rows.new_empty(0, weight.shape[1])
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    for part, matrix, wide, place in zip(rows.split(counts), matrices, widened, out.split(counts), strict=True):
+    for (part, matrix, wide), place in zip(products, out.split(counts), strict=True):
         if wide:
             place.copy_(_product(part, matrix, wide))
         else:
             torch.mm(part, matrix.T, out=place)
     return out
+
+
+def _matrices(
+    weight: Weight, experts: list[int], widened: list[bool], with_graph: bool, dtype: torch.dtype
+) -> Iterable[Tensor]:
+    """The matrix of each expert that was hit, one at a time."""
+    if isinstance(weight, QuantizedExperts):
+        dtypes = (torch.float32 if wide else dtype for wide in widened)
+        return (weight.dequantize(expert, wanted) for expert, wanted in zip(experts, dtypes, strict=True))
+    # unbind, not indexing: its backward writes one gradient for all experts instead of one full tensor for each
+    every = weight.unbind() if with_graph else weight
+    return (every[expert] for expert in experts)
 
 
 def _product(rows: Tensor, matrix: Tensor, wide: bool) -> Tensor:

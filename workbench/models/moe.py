@@ -19,6 +19,7 @@ from workbench.config import Qwen3MoeConfig
 from workbench.errors import HookError
 from workbench.hooks import HookPoint
 from workbench.models.layers import wide
+from workbench.models.moe_weights import QuantizedWeight, expert_weight
 from workbench_kernels import Intervene, Need, routed_experts
 from workbench_kernels.moe.api import NO_GRADIENT, plan_layer, without_gradient
 
@@ -36,8 +37,9 @@ class Moe(nn.Module):
         super().__init__()
         self.cfg, self.moe_impl, self.router_dtype = cfg, moe_impl, router_dtype
         self.router = Router(cfg)
-        self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))  # gate rows first
-        self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
+        # gate rows first; both give way to a QuantizedWeight in a model with int8 or int4 experts
+        self.gate_up: Tensor | QuantizedWeight = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
+        self.down: Tensor | QuantizedWeight = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
         router = "wide" if router_dtype == "float32" else "model"
         self.hook_router_logits = HookPoint("batch pos expert", router)  # before top-k: editing it re-routes
         self.hook_router_probs = HookPoint("batch pos expert", "wide")  # softmax over all experts
@@ -60,7 +62,8 @@ class Moe(nn.Module):
         if self.hook_expert_load.listened:
             self.hook_expert_load(expert_load(ids, valid, self.cfg.n_experts))  # [expert]
         out = routed_experts(
-            x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1), self.gate_up, self.down,
+            x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1),
+            expert_weight(self.gate_up), expert_weight(self.down),
             impl=self.moe_impl, taps=self._taps(x.shape[:2]),
             numerics="trained" if self.router_dtype == "float32" else "hf",
         )  # fmt: skip
@@ -72,7 +75,7 @@ class Moe(nn.Module):
 
         taps = self._fused_taps(x.shape[:2])
         numerics = "trained" if self.router_dtype == "float32" else "hf"
-        weights = self.router.weight, self.gate_up, self.down
+        weights = self.router.weight, expert_weight(self.gate_up), expert_weight(self.down)
         layer = plan_layer(
             x.flatten(0, 1), *weights, self.cfg.k, self.cfg.norm_topk_prob, Need(), Intervene(), "auto", numerics
         )

@@ -57,7 +57,7 @@ def safe_blocks(path: str, dtype: torch.dtype) -> Blocks:
     blocks = SAFE[path]
     if dtype != torch.float32:
         return blocks
-    narrow = {name: part | {"bk": part["bk"] // 2} for name, part in blocks.items() if name in ("gate_up", "down")}
+    narrow = {name: part | {"bk": max(32, part["bk"] // 2)} for name, part in blocks.items() if name in ("gate_up", "down")}
     return blocks | narrow
 
 
