@@ -65,7 +65,7 @@ def poison_buffers() -> Iterator[None]:
             return tensor.fill_(True)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min // 2 + 12345)
 
-    torch.empty = poisoned  # type: ignore[assignment]
+    torch.empty = poisoned
     try:
         yield
     finally:

@@ -95,7 +95,9 @@ class Moe(nn.Module):
         for point in points.values():
             if point.bwd_hooks:
                 raise HookError(f"backward hook at {point.name}: {NO_GRADIENT}")
-        shown = {name: FusedTap(point, batch_pos, dtypes.get(name)) for name, point in points.items() if point.listened}
+        shown: dict[str, Tap] = {
+            name: FusedTap(point, batch_pos, dtypes.get(name)) for name, point in points.items() if point.listened
+        }
         if "expert_ids" in shown:
             shown["expert_ids"] = FusedTap(self._forced, batch_pos)
         return shown

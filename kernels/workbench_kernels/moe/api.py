@@ -107,8 +107,8 @@ def _nothing(layer: Any) -> tuple[Tensor, Routing]:
 
     t, e, k = 0, layer.n_experts, layer.k
     wide = {"dtype": torch.float32, "device": layer.x.device}
-    logits, weights = torch.zeros(t, e, **wide), torch.zeros(t, k, **wide)  # type: ignore[call-overload]
-    load, margin = torch.zeros(e, **wide), torch.zeros(t, **wide)  # type: ignore[call-overload]
+    logits, weights = torch.zeros(t, e, **wide), torch.zeros(t, k, **wide)
+    load, margin = torch.zeros(e, **wide), torch.zeros(t, **wide)
     ids = torch.zeros(t, k, dtype=torch.int64, device=layer.x.device)
     routed = Routed(logits, ids, weights, load, logits, margin if "margin" in layer.need.names else None)
     widths = dict(zip(ROUTED, [layer.d_expert] * 3 + [layer.d_model], strict=True))

@@ -6,6 +6,9 @@ the two side by side is the proof.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,13 +45,16 @@ def reference_moe(
     out = _changed_outputs(out, ids, change)  # [T, K, D]
     y = (out * weights.unsqueeze(-1)).sum(1)  # [T, D]
 
-    asked = dict(zip(ROUTED, (gate, up, hidden, out), strict=True))
-    return y, Routing(
+    routing = Routing(
         logits, ids, weights, _load(ids, n_experts, dtype), impl="reference",
         router_probs=probs if "router_probs" in need.names else None,
         margin=_margin(ranked, order, k) if "margin" in need.names else None,
-        **{name: _selected(asked[name], ids, need, n_experts) for name in ROUTED if name in need.names},
     )  # fmt: skip
+    asked = dict(zip(ROUTED, (gate, up, hidden, out), strict=True))
+    found: dict[str, Any] = {
+        name: _selected(slots, ids, need, n_experts) for name, slots in asked.items() if name in need.names
+    }
+    return y, replace(routing, **found)
 
 
 def _changed_logits(logits: Tensor, change: Intervene) -> Tensor:
