@@ -131,6 +131,6 @@ def test_on_cpu_triton_is_refused_unless_it_is_interpreted(monkeypatch: pytest.M
 
 
 def test_without_triton_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("workbench_kernels.moe.choice._installed", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed: install the extra `kernels`"):
         choose_implementation("triton", CUDA, torch.bfloat16)

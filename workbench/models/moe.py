@@ -93,7 +93,7 @@ class Moe(nn.Module):
         router = torch.float32 if self.router_dtype == "float32" else self.router.weight.dtype
         dtypes = {"router_logits": router, "router_probs": torch.float32, "routing_weights": router}
         for point in points.values():
-            if point.bwd_hooks:
+            if point.bwd_hooks or point._backward_hooks or point._backward_pre_hooks:
                 raise HookError(f"backward hook at {point.name}: {NO_GRADIENT}")
         shown: dict[str, Tap] = {
             name: FusedTap(point, batch_pos, dtypes.get(name)) for name, point in points.items() if point.listened

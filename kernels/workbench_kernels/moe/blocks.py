@@ -2,8 +2,8 @@
 
 A set of blocks is a plain dict, as it stands in a table: {"bm", "router", "gate_up", "down", "combine"}. `bm` is the
 number of slots in a tile (absent for decode); bn weight rows, bk columns, warps, stages, group (tiles that run through
-their columns together) and tma (weights by tensor descriptor, sm_90 on) belong to one kernel. In the router, bt tokens and bk
-columns are for the logits, summed over `splits` parts, and `tokens` is how many tokens one program chooses experts for.
+their columns together) and tma (weights by tensor descriptor, sm_90 on) belong to one kernel. In the router, bt tokens
+and bk columns make one tile of logits, summed over `splits` parts; `tokens` is for how many one program chooses experts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def safe_blocks(path: str, dtype: torch.dtype) -> Blocks:
     blocks = SAFE[path]
     if dtype != torch.float32:
         return blocks
-    narrow = {name: part | {"bk": max(32, part["bk"] // 2)} for name, part in blocks.items() if name in ("gate_up", "down")}
+    narrow = {
+        name: part | {"bk": max(32, part["bk"] // 2)} for name, part in blocks.items() if name in ("gate_up", "down")
+    }
     return blocks | narrow
 
 

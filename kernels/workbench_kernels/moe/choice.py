@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -34,7 +35,7 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype, g
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Why the Triton kernels cannot run for tensors like these; empty when they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed: install the extra `kernels`."
     if dtype not in TRITON_DTYPES:
         return f"The kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}."
@@ -49,3 +50,8 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "meta":
         return ""  # a model that is built without memory moves elsewhere before it runs
     return f"The kernels do not run on {device.type}."
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

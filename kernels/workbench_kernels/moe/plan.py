@@ -43,7 +43,8 @@ class Need:
     expert_post (their product after silu [T, K, F]), expert_out ([T, K, D], before weighting), router_probs ([T, E]),
     margin ([T], the K-th minus the (K+1)-th logit among those ranked; NaN when every expert is always chosen).
     experts, tokens: restrict the routed ones to chosen experts and tokens, as ids or as a bool mask ([E], [T]); every
-    other slot is then 0. A mask on the device may change its values between calls without a new compilation or capture.
+    other slot is then 0. A mask on the device may change its values between calls without a new compilation or capture;
+    ids are turned into one in every call, which a graph cannot capture.
     """
 
     names: Sequence[str] = ()
