@@ -4,8 +4,8 @@
 
 Per launch: it compiles; nothing spills to memory; shared memory stays within the device's limit; and where a table
 says "wgmma", the code has it. Safe block sizes are checked as well, on every architecture. Exit status 1 when anything
-fails. Uses what the triton wheel carries (ptxas, cuobjdump, nvdisasm). TRITON_INTERPRET must be unset: triton reads it when a
-kernel is defined.
+fails. Uses what the triton wheel carries (ptxas, cuobjdump, nvdisasm). TRITON_INTERPRET must be unset: triton reads it
+when a kernel is defined.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, tuple[GPUTarget, int]] = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
 }
 SHIPPED = ("sm_80", "sm_90", "sm_100", "gfx942")  # those with a table; sm_86 runs the safe sizes
-FORMATS = (("bfloat16", 16), ("bfloat16", 8), ("bfloat16", 4), ("float16", 16), ("float32", 16))
+FORMATS = ("bfloat16/16", "bfloat16/8", "bfloat16/4", "float16/16", "float16/8", "float16/4", "float32/16")
 _SAFE_TOKENS = {"decode": 1, "skinny": 64, "tile": 4096}
 
 
@@ -77,17 +77,19 @@ class Result(NamedTuple):
     seconds: float = 0.0
 
 
-def cases(archs: tuple[str, ...], fast: bool) -> Iterator[Case]:
+def cases(archs: tuple[str, ...], fast: bool, formats: tuple[str, ...]) -> Iterator[Case]:
     """Shipped entries and safe sizes; with `fast`, of each path only the first bucket and the widest options."""
     for arch in archs:
         for entry in tables.entries(arch):
+            if f"{entry['dtype']}/{entry['bits']}" not in formats:
+                continue
             for path in ("decode", "skinny", "tile"):
                 for tokens, blocks in list(entry.get(path, {}).items())[: 1 if fast else None]:
                     yield from _variants(arch, path, int(tokens), entry["dtype"], entry["bits"], blocks, "table", fast)
-        for dtype, bits in FORMATS:
+        for dtype, bits in (tuple(name.split("/")) for name in formats):
             for path in SAFE:
                 safe = safe_blocks(path, getattr(torch, dtype))
-                yield from _variants(arch, path, _SAFE_TOKENS[path], dtype, bits, safe, "safe", fast)
+                yield from _variants(arch, path, _SAFE_TOKENS[path], dtype, int(bits), safe, "safe", fast)
 
 
 def _variants(
@@ -176,10 +178,12 @@ def _check_group(group: list[Case]) -> list[Result]:
     return [result for case in group for result in check_case(case, seen)]
 
 
-def check(archs: tuple[str, ...], fast: bool = False, jobs: int = 1) -> list[Result]:
+def check(
+    archs: tuple[str, ...], fast: bool = False, formats: tuple[str, ...] = FORMATS, jobs: int = 1
+) -> list[Result]:
     """Every result, in a fixed order. Groups share launches, so that a process compiles each once."""
     groups: dict[tuple[str, ...], list[Case]] = {}
-    for case in cases(archs, fast):
+    for case in cases(archs, fast, formats):
         groups.setdefault((case.arch, case.dtype, str(case.bits)), []).append(case)
     if jobs == 1:
         return [result for group in groups.values() for result in _check_group(group)]
@@ -190,6 +194,7 @@ def check(archs: tuple[str, ...], fast: bool = False, jobs: int = 1) -> list[Res
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join([*SHIPPED, "sm_86"]), help="comma-separated architectures")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="dtype of activations / bits of weights")
     parser.add_argument("--fast", action="store_true", help="one bucket per path, all options at once")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="write every result there")
@@ -197,7 +202,7 @@ def main() -> int:
     archs = tuple(arguments.arch.split(","))
     if unknown := [arch for arch in archs if arch not in ARCHITECTURES]:
         parser.error(f"--arch: expected among {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}.")
-    results = check(archs, arguments.fast, arguments.jobs)
+    results = check(archs, arguments.fast, tuple(arguments.formats.split(",")), arguments.jobs)
     if arguments.json:
         arguments.json.write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
     bad = [result for result in results if result.problems]

@@ -133,9 +133,10 @@ def _mix(rows: Tensor, places: Tensor, weights: Tensor, as_transformers: bool) -
 def _linear_sorted(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
     experts, counts = groups.hit
     widened = [not groups.as_transformers and _widens(rows, count) for count in counts]
-    plain = isinstance(weight, Tensor)
-    with_graph = torch.is_grad_enabled() and (rows.requires_grad or (plain and weight.requires_grad))
-    if plain and not (with_graph or groups.lone or any(widened)) and _loops_in_torch(rows, weight):
+    learns = isinstance(weight, Tensor) and weight.requires_grad
+    with_graph = torch.is_grad_enabled() and (rows.requires_grad or learns)
+    by_torch = not (with_graph or groups.lone or any(widened))
+    if by_torch and isinstance(weight, Tensor) and _loops_in_torch(rows, weight):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
     matrices = _matrices(weight, experts, widened, with_graph, rows.dtype)
     products = zip(rows.split(counts), matrices, widened, strict=True)
