@@ -11,7 +11,7 @@ from workbench_kernels import interpreter
 from workbench_kernels.moe.blocks import Blocks, blocks_for, choose_path
 from workbench_kernels.moe.checks import Weight, check_intervene, check_layer
 from workbench_kernels.moe.choice import choose_implementation
-from workbench_kernels.moe.plan import ROUTED, Intervene, Need, Routing
+from workbench_kernels.moe.plan import Intervene, Need, Routing
 from workbench_kernels.quant import QuantizedExperts
 
 
@@ -85,11 +85,9 @@ def plan_layer(
 
 
 def run_layer(layer: Any) -> tuple[Tensor, Routing]:
-    """All stages without a tap. No token, no launch."""
+    """All stages without a tap."""
     from workbench_kernels.moe import stages
 
-    if not layer.n_tokens:
-        return _nothing(layer)
     routed, tiles = stages.order(layer, stages.route(layer))
     y, found = stages.experts(layer, routed, tiles)
     return y, _routing(layer, routed, found)
@@ -100,20 +98,6 @@ def _routing(layer: Any, routed: Any, found: dict[str, Tensor]) -> Routing:
     return Routing(
         routed.logits, routed.ids, routed.weights, routed.load, "triton", layer.path, probs, routed.margin, **found
     )
-
-
-def _nothing(layer: Any) -> tuple[Tensor, Routing]:
-    from workbench_kernels.moe.stages import Routed
-
-    t, e, k = 0, layer.n_experts, layer.k
-    wide = {"dtype": torch.float32, "device": layer.x.device}
-    logits, weights = torch.zeros(t, e, **wide), torch.zeros(t, k, **wide)
-    load, margin = torch.zeros(e, **wide), torch.zeros(t, **wide)
-    ids = torch.zeros(t, k, dtype=torch.int64, device=layer.x.device)
-    routed = Routed(logits, ids, weights, load, logits, margin if "margin" in layer.need.names else None)
-    widths = dict(zip(ROUTED, [layer.d_expert] * 3 + [layer.d_model], strict=True))
-    found = {name: layer.x.new_zeros(t, k, width) for name, width in widths.items() if name in layer.need.names}
-    return layer.x.new_zeros(t, layer.d_model), _routing(layer, routed, found)
 
 
 NO_GRADIENT = (

@@ -3,7 +3,7 @@
 A set of blocks is a plain dict, as it stands in a table: {"bm", "router", "gate_up", "down", "combine"}. `bm` is the
 number of slots in a tile (absent for decode); bn weight rows, bk columns, warps, stages, group (tiles that run through
 their columns together) and tma (weights by tensor descriptor, sm_90 on) belong to one kernel. In the router, bt tokens
-and bk columns make one tile of logits, summed over `splits` parts; `tokens` is for how many one program chooses experts.
+and bk columns make one tile of logits, summed over `splits` parts; `tokens` is how many one program chooses for.
 """
 
 from __future__ import annotations

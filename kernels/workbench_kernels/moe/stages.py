@@ -146,9 +146,12 @@ def _choose(layer: Layer, source: Tensor, splits: int, probs: bool = False, ids:
 def order(layer: Layer, routed: Routed) -> tuple[Routed, Tiles | None]:
     """Sort the slots by expert and count the load; the decode path sorts nothing, and counts only what is not yet."""
     grouped = layer.path != "decode"
+    n, e = routed.ids.numel(), layer.n_experts
+    if not n:
+        routed = replace(routed, load=torch.zeros(e, dtype=torch.float32, device=layer.x.device))
+        return routed, Tiles(*(layer.new(0, dtype=torch.int32) for _ in range(4))) if grouped else None
     if not grouped and routed.load is not None:
         return routed, None
-    n, e = routed.ids.numel(), layer.n_experts
     bm = layer.blocks["bm"] if grouped else 1
     repeat = 16 if n > _MANY else 1
     n_chunks, n_tiles = triton.cdiv(n, _CHUNK * repeat), min(n, triton.cdiv(n, bm) + e - 1)
