@@ -113,19 +113,21 @@ def routed_experts(
     hidden = F.silu(gate) * up
     out = linear(tap("expert_post", hidden), down, groups)  # [N, D]
     if "expert_out" not in taps:
-        return _mix(out, groups.back.view_as(expert_ids), routing_weights, as_transformers).to(x.dtype)
+        return _mix(out, groups.back.view_as(expert_ids), routing_weights, as_transformers, groups.lone).to(x.dtype)
     slots = taps["expert_out"](out[groups.back].unflatten(0, expert_ids.shape))  # [T, K, D]
     in_place = torch.arange(expert_ids.numel(), device=x.device).view_as(expert_ids)
-    return _mix(slots.flatten(0, 1), in_place, routing_weights, as_transformers).to(x.dtype)
+    return _mix(slots.flatten(0, 1), in_place, routing_weights, as_transformers, groups.lone).to(x.dtype)
 
 
-def _mix(rows: Tensor, places: Tensor, weights: Tensor, as_transformers: bool) -> Tensor:  # [N, D], [T, K], [T, K]
+def _mix(
+    rows: Tensor, places: Tensor, weights: Tensor, as_transformers: bool, lone: bool
+) -> Tensor:  # [N, D], [T, K], [T, K]
     """[T, D]: the weighted sum of each token's rows, which lie at `places`, in the wider of the two precisions."""
     wide = torch.promote_types(rows.dtype, weights.dtype)
     if as_transformers or weights.device.type != "cpu" or wide not in (torch.float32, torch.float64):
         return (rows[places] * weights.unsqueeze(-1)).sum(dim=1)
-    if places.shape[0] == 1:
-        return weights.to(wide) @ rows.to(wide).index_select(0, places[0])
+    if lone:
+        return weights.to(wide) @ rows.to(wide)
     # one pass over the rows, without [T, K, D] in between
     return F.embedding_bag(places, rows.to(wide), per_sample_weights=weights.to(wide), mode="sum")
 
@@ -138,6 +140,8 @@ def _linear_sorted(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
     by_torch = not (with_graph or groups.lone or any(widened))
     if by_torch and isinstance(weight, Tensor) and _loops_in_torch(rows, weight):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
+    if groups.lone and not with_graph and isinstance(weight, Tensor):
+        return _linear_lone(rows, weight, experts)
     matrices = _matrices(weight, experts, widened, with_graph, rows.dtype)
     products = zip(rows.split(counts), matrices, widened, strict=True)
     if with_graph:
@@ -149,6 +153,14 @@ def _linear_sorted(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
             place.copy_(_product(part, matrix, wide))
         else:
             torch.mm(part, matrix.T, out=place)
+    return out
+
+
+def _linear_lone(rows: Tensor, weight: Tensor, experts: list[int]) -> Tensor:
+    """One row per expert; for a single token the time is that of the calls themselves, so there are few."""
+    out = rows.new_empty(len(experts), weight.shape[1])
+    for row, expert in enumerate(experts):
+        torch.mv(weight[expert], rows[row], out=out[row])
     return out
 
 
