@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := workbench kernels tests data notebooks
 
-.PHONY: help demo test slow browser lab check format clean
+TRITONS := $(VENV)/tritons
+OLD_TRITON := 3.6.0
+
+.PHONY: help demo test slow browser lab check kernels kernels-aot format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +18,8 @@ help:
 	@echo "make browser  the tests that open the report in headless chromium"
 	@echo "make lab      JupyterLab on notebooks/"
 	@echo "make check    ruff, format, import rules, types"
+	@echo "make kernels  the Triton kernels with the oldest triton that is supported: interpreted, then compiled"
+	@echo "make kernels-aot  compile every shipped configuration for every architecture (long)"
 
 # A stamp per set of extras: installed once, again when what is to be installed changes.
 $(VENV)/created:
@@ -58,6 +63,18 @@ check: $(VENV)/dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The release that torch is paired with is in constraints.txt and runs in `make test`; this is the other one.
+$(TRITONS)/$(OLD_TRITON): $(VENV)/dev
+	$(PIP) install --no-deps --target $@ triton==$(OLD_TRITON)
+	@touch $@
+
+kernels: $(TRITONS)/$(OLD_TRITON)
+	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" tests/kernels/interpreted
+	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) $(BIN)/python kernels/tools/aot_check.py --fast --arch sm_90 --formats bfloat16/16 --jobs 2
+
+kernels-aot: $(VENV)/dev
+	$(BIN)/python kernels/tools/aot_check.py --jobs 2
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix $(SOURCES)

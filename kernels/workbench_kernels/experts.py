@@ -1,4 +1,4 @@
-"""The experts of one layer, applied to the tokens that were routed to them.
+"""The experts of one layer, applied to the tokens that were routed to them, in plain torch.
 
 Legend: T tokens, D d_model, F d_expert, E experts, K slots per token, N = T·K routed rows.
 A *slot* is one (token, rank) pair; slot order is the order of expert_ids.reshape(N).
@@ -7,89 +7,216 @@ Three implementations of one grouped linear map, chosen by name and never swappe
   sorted      rows sorted by expert, one matrix product per expert that was hit; the default on CPU
   grouped_mm  the same rows through torch.nn.functional.grouped_mm; the default for bfloat16 on CUDA
   reference   each row times its own expert's matrix, gathered: slow, and plain enough to be the oracle
+
+On a CPU without bfloat16 arithmetic, `sorted` widens an expert's matrix to float32 where it has four rows or more: the
+product is rounded to the model's dtype all the same, and is several times faster. Where torch has that loop over
+experts in C++ (its grouped_mm, float32 on CPU), `sorted` leaves the looping to it: the same products in the same order.
+int8 and int4 experts are dequantised one at a time as they are hit (by `sorted`) or all at once (by `reference`);
+`grouped_mm` cannot run them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workbench_kernels.quant import QuantizedExperts
+
 Tap = Callable[[Tensor], Tensor]
+Weight = Tensor | QuantizedExperts
 TAPS = ("expert_pre", "expert_pre_linear", "expert_post", "expert_out")
+_WIDENED_ROWS = 4  # from here on widening the matrix once costs less than multiplying in bfloat16
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The slots sorted by expert; ties keep slot order, so bits repeat. A lone token's slots stay as they are."""
+
+    sorted_ids: Tensor  # int64 [N]
+    order: Tensor  # int64 [N], sorted row -> slot
+    n_experts: int
+    lone: bool = False
+    as_transformers: bool = False  # no widening
+
+    @classmethod
+    def of(cls, ids: Tensor, n_experts: int, impl: str, as_transformers: bool) -> Groups:
+        flat = ids.reshape(-1)
+        if impl == "sorted" and ids.shape[0] == 1:
+            return cls(flat, torch.arange(flat.numel(), device=ids.device), n_experts, True, as_transformers)
+        return cls(*flat.sort(stable=True), n_experts, False, as_transformers)
+
+    @functools.cached_property
+    def back(self) -> Tensor:  # int64 [N], slot -> sorted row
+        if self.lone:
+            return self.order
+        rows = torch.arange(self.order.numel(), device=self.order.device)
+        return torch.empty_like(self.order).index_copy_(0, self.order, rows)
+
+    @functools.cached_property
+    def hit(self) -> tuple[list[int], list[int]]:
+        """Experts with rows, and how many; waits for the device."""
+        if self.lone:
+            return self.sorted_ids.tolist(), [1] * self.sorted_ids.numel()
+        counts = torch.bincount(self.sorted_ids, minlength=self.n_experts).tolist()
+        experts = [expert for expert, count in enumerate(counts) if count]
+        return experts, [counts[expert] for expert in experts]
+
+    @functools.cached_property
+    def ends(self) -> Tensor:  # int32 [E], without a wait for the device
+        experts = torch.arange(self.n_experts, device=self.order.device)
+        return torch.searchsorted(self.sorted_ids, experts, right=True).to(torch.int32)
 
 
 def routed_experts(
     x: Tensor,  # [T, D]
     expert_ids: Tensor,  # [T, K] int64
     routing_weights: Tensor,  # [T, K]
-    gate_up: Tensor,  # [E, 2F, D], gate rows before up rows
-    down: Tensor,  # [E, D, F]
+    gate_up: Weight,  # [E, 2F, D], gate rows before up rows
+    down: Weight,  # [E, D, F]
     *,
     impl: str = "sorted",
     taps: Mapping[str, Tap] | None = None,
+    numerics: str = "trained",
 ) -> Tensor:  # [T, D]
     """Sum over the K slots of weight · down(silu(gate x) * up x), each slot with its own expert's matrices.
 
     `taps` see, and may replace, the routed activations in slot order [T, K, ...]: `expert_pre` and
     `expert_pre_linear` (gate and up projections), `expert_post` (their product after silu), `expert_out` (before
     weighting). A tap that returns its argument changes no bit. Weights of higher precision than x make the weighted
-    sum in that precision; the result has x's dtype. Differentiable in every floating argument.
+    sum in that precision; the result has x's dtype. numerics "hf" rounds as transformers' grouped_mm does: products
+    in x's dtype only, weighted before they are added. Differentiable in every floating argument. Raises ValueError for
+    quantised experts, and for rows that are no multiple of 16 bytes, with grouped_mm.
     """
-    taps = taps or {}
-    n_experts, k = gate_up.shape[0], expert_ids.shape[1]
-    sorted_ids, order = expert_ids.reshape(-1).sort(stable=True)  # [N], [N]: ties keep slot order, so bits repeat
-    back = order.argsort()  # [N] slot -> sorted row
+    taps, as_transformers = taps or {}, numerics == "hf"
+    groups = Groups.of(expert_ids, gate_up.shape[0], impl, as_transformers)
 
     def tap(name: str, rows: Tensor) -> Tensor:
         if name not in taps:
             return rows
-        return taps[name](rows[back].unflatten(0, expert_ids.shape)).reshape(rows.shape)[order]
+        slots = taps[name](rows[groups.back].unflatten(0, expert_ids.shape))
+        return slots.reshape(rows.shape)[groups.order]
 
     linear = _LINEARS[impl]
-    gate_up_rows = linear(x[order // k], gate_up, sorted_ids, n_experts)  # [N, 2F]
+    k = expert_ids.shape[1]
+    rows = x.expand(k, -1) if groups.lone else x.index_select(0, groups.order // k)  # [N, D]
+    gate_up_rows = linear(rows, gate_up, groups)  # [N, 2F]
     if "expert_pre" in taps or "expert_pre_linear" in taps:
         # back into one tensor: silu rounds its last bit by memory layout, and a tap must not change a bit
         gate, up = gate_up_rows.chunk(2, dim=-1)
         gate_up_rows = torch.cat((tap("expert_pre", gate), tap("expert_pre_linear", up)), dim=-1)
     gate, up = gate_up_rows.chunk(2, dim=-1)  # [N, F] each
     hidden = F.silu(gate) * up
-    out = linear(tap("expert_post", hidden), down, sorted_ids, n_experts)  # [N, D]
-    slots = out[back].unflatten(0, expert_ids.shape)  # [T, K, D]
-    if "expert_out" in taps:
-        slots = taps["expert_out"](slots)
-    return (slots * routing_weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+    out = linear(tap("expert_post", hidden), down, groups)  # [N, D]
+    if "expert_out" not in taps:
+        return _mix(out, groups.back.view_as(expert_ids), routing_weights, as_transformers, groups.lone).to(x.dtype)
+    slots = taps["expert_out"](out[groups.back].unflatten(0, expert_ids.shape))  # [T, K, D]
+    in_place = torch.arange(expert_ids.numel(), device=x.device).view_as(expert_ids)
+    return _mix(slots.flatten(0, 1), in_place, routing_weights, as_transformers, groups.lone).to(x.dtype)
 
 
-def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that runs for `impl` ("auto" or a name). Raises ValueError for one that cannot run."""
-    if impl == "auto":
-        return "grouped_mm" if device.type == "cuda" and dtype == torch.bfloat16 else "sorted"
-    if impl not in _LINEARS:
-        raise ValueError(f"moe_impl: expected one of auto, {', '.join(_LINEARS)}, got {impl!r}.")
-    if impl == "grouped_mm" and dtype == torch.float64:
-        raise ValueError("moe_impl: expected sorted or reference for a float64 model, got 'grouped_mm'.")
-    return impl
+def _mix(
+    rows: Tensor, places: Tensor, weights: Tensor, as_transformers: bool, lone: bool
+) -> Tensor:  # [N, D], [T, K], [T, K]
+    """[T, D]: the weighted sum of each token's rows, which lie at `places`, in the wider of the two precisions."""
+    wide = torch.promote_types(rows.dtype, weights.dtype)
+    if as_transformers or weights.device.type != "cpu" or wide not in (torch.float32, torch.float64):
+        return (rows[places] * weights.unsqueeze(-1)).sum(dim=1)
+    if lone:
+        return weights.to(wide) @ rows.to(wide)
+    # one pass over the rows, without [T, K, D] in between
+    return F.embedding_bag(places, rows.to(wide), per_sample_weights=weights.to(wide), mode="sum")
 
 
-def _linear_sorted(rows: Tensor, weight: Tensor, sorted_ids: Tensor, n_experts: int) -> Tensor:
-    counts = torch.bincount(sorted_ids, minlength=n_experts).tolist()
+def _linear_sorted(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
+    experts, counts = groups.hit
+    widened = [not groups.as_transformers and _widens(rows, count) for count in counts]
+    learns = isinstance(weight, Tensor) and weight.requires_grad
+    with_graph = torch.is_grad_enabled() and (rows.requires_grad or learns)
+    by_torch = not (with_graph or groups.lone or any(widened))
+    if by_torch and isinstance(weight, Tensor) and _loops_in_torch(rows, weight):
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
+    if groups.lone and not with_graph and isinstance(weight, Tensor):
+        return _linear_lone(rows, weight, experts)
+    matrices = _matrices(weight, experts, widened, with_graph, rows.dtype)
+    products = zip(rows.split(counts), matrices, widened, strict=True)
+    if with_graph:
+        parts = [_product(*product) for product in products]
+        return torch.cat(parts) if parts else rows.new_empty(0, weight.shape[1])
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    for (part, matrix, wide), place in zip(products, out.split(counts), strict=True):
+        if wide:
+            place.copy_(_product(part, matrix, wide))
+        else:
+            torch.mm(part, matrix.T, out=place)
+    return out
+
+
+def _linear_lone(rows: Tensor, weight: Tensor, experts: list[int]) -> Tensor:
+    """One row per expert; for a single token the time is that of the calls themselves, so there are few."""
+    out = rows.new_empty(len(experts), weight.shape[1])
+    for row, expert in enumerate(experts):
+        torch.mv(weight[expert], rows[row], out=out[row])
+    return out
+
+
+def _matrices(
+    weight: Weight, experts: list[int], widened: list[bool], with_graph: bool, dtype: torch.dtype
+) -> Iterable[Tensor]:
+    """The matrix of each expert that was hit, one at a time."""
+    if isinstance(weight, QuantizedExperts):
+        dtypes = (torch.float32 if wide else dtype for wide in widened)
+        return (weight.dequantize(expert, wanted) for expert, wanted in zip(experts, dtypes, strict=True))
     # unbind, not indexing: its backward writes one gradient for all experts instead of one full tensor for each
-    parts = [part @ matrix.T for part, matrix in zip(rows.split(counts), weight.unbind(), strict=True) if part.shape[0]]
-    return torch.cat(parts) if parts else rows.new_empty(0, weight.shape[1])
+    every = weight.unbind() if with_graph else weight
+    return (every[expert] for expert in experts)
 
 
-def _linear_grouped_mm(rows: Tensor, weight: Tensor, sorted_ids: Tensor, n_experts: int) -> Tensor:
-    experts = torch.arange(n_experts, device=rows.device)
-    ends = torch.searchsorted(sorted_ids, experts, right=True).to(torch.int32)  # no synchronisation with the host
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+def _product(rows: Tensor, matrix: Tensor, wide: bool) -> Tensor:
+    """rows · matrixᵀ in the dtype of rows, rounded once."""
+    return (rows.float() @ matrix.float().T).to(rows.dtype) if wide else rows @ matrix.T
 
 
-def _linear_reference(rows: Tensor, weight: Tensor, sorted_ids: Tensor, n_experts: int) -> Tensor:
-    return torch.einsum("ni,noi->no", rows, weight[sorted_ids])
+def _widens(rows: Tensor, n_rows: int) -> bool:
+    half = rows.dtype in (torch.bfloat16, torch.float16)
+    return half and n_rows >= _WIDENED_ROWS and rows.device.type == "cpu" and not _multiplies_halves()
 
 
-_LINEARS = {"sorted": _linear_sorted, "grouped_mm": _linear_grouped_mm, "reference": _linear_reference}
-IMPLEMENTATIONS = tuple(_LINEARS)
+def _loops_in_torch(rows: Tensor, weight: Tensor) -> bool:
+    """Whether torch's CPU grouped_mm, a loop over experts in C++, takes these; it wants rows of whole 16-byte units."""
+    fits = all(tensor.shape[-1] % 4 == 0 and tensor.data_ptr() % 16 == 0 for tensor in (rows, weight))
+    return fits and rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.shape[0] > 0
+
+
+@functools.cache
+def _multiplies_halves() -> bool:
+    """Whether this CPU has matrix or dot-product units for bfloat16; as torch tells, which asks x86 alone."""
+    if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2", "AVX512"):
+        return True
+    found = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(supported() for supported in found if supported is not None)
+
+
+def _linear_grouped_mm(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
+    if isinstance(weight, QuantizedExperts):
+        raise ValueError(f"moe_impl: expected triton or sorted for int{weight.bits} experts, got 'grouped_mm'.")
+    if (n_bytes := weight.shape[2] * weight.element_size()) % 16:
+        raise ValueError(
+            "d_model, d_expert: expected rows of a multiple of 16 bytes for 'grouped_mm', "
+            f"got {n_bytes}. Use moe_impl='sorted'."
+        )
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
+
+
+def _linear_reference(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
+    whole = weight.dequantize(dtype=rows.dtype) if isinstance(weight, QuantizedExperts) else weight
+    return torch.einsum("ni,noi->no", rows, whole[groups.sorted_ids])
+
+
+_LINEARS: dict[str, Callable[[Tensor, Weight, Groups], Tensor]] = {
+    "sorted": _linear_sorted, "grouped_mm": _linear_grouped_mm, "reference": _linear_reference,
+}  # fmt: skip

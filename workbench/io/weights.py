@@ -31,8 +31,10 @@ from workbench.io.checkpoint import (
 )
 from workbench.io.hub import resolve
 from workbench.io.names import TIED_HEAD, Layout, Slot, ignorable, layout_of, slots
+from workbench.io.quantise import ErrorTally, refuse_quantised, store_piece
 from workbench.io.tokens import Tokenizer
 from workbench.models import Llama, build_model
+from workbench.models.moe_weights import QuantizedWeight
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -46,6 +48,7 @@ def load_model(
     device: str | torch.device = "cpu",
     moe_impl: str = "auto",
     router_dtype: str = "float32",
+    experts: str = "plain",
     progress: bool = True,
 ) -> Llama:
     """Load a checkpoint: a bundled model, a directory, a family name or a hub id, see `workbench.io.hub.resolve`.
@@ -53,6 +56,9 @@ def load_model(
     Weights go shard by shard into the model, whose parameters are allocated once: peak host memory stays within 1.1
     times the model's bytes. dtype "auto" keeps the dtype that the embedding is stored in. The model comes with
     `tokenizer` and `chat_template` (None when the checkpoint has none), `stop_ids` and `source`.
+
+    experts "int8" or "int4" quantises them as they are read; `model.expert_errors` has the error of each expert, see
+    `workbench.io.quantise`. moe_impl "auto" then is triton where that runs.
 
     Raises CheckpointError naming every missing, extra, wrong-shaped, wrong-dtype or non-finite tensor, every stray
     shard and every unreadable file beside the weights, and ConfigError for a model that is not implemented.
@@ -63,10 +69,9 @@ def load_model(
     stored = {name: tensor for name, tensor in read_headers(directory).items() if name not in unread}
     table = slots(cfg, layout_of(stored))
     _check_headers(directory, cfg, table, stored)
-    target_dtype = FLOAT_DTYPES[stored["model.embed_tokens.weight"].dtype] if dtype == "auto" else _as_dtype(dtype)
-    model = build_model(
-        cfg, dtype=target_dtype, device=_as_device(device), moe_impl=moe_impl, router_dtype=router_dtype
-    )
+    resolved = FLOAT_DTYPES[stored["model.embed_tokens.weight"].dtype] if dtype == "auto" else _as_dtype(dtype)
+    kinds = {"moe_impl": moe_impl, "router_dtype": router_dtype, "experts": experts}
+    model = build_model(cfg, dtype=resolved, device=_as_device(device), **kinds)
     _attach(model, directory, str(path_or_name))
     _fill(model, directory, table, stored, progress)
     return model
@@ -86,6 +91,7 @@ def save_model(
     """
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes: expected a positive size, got {max_shard_bytes}. Give bytes, as 5e9.")
+    refuse_quantised(model)
     path = Path(path).expanduser().resolve()
     params = dict(model.named_parameters())
     tensors = {name: _part(params, slot).detach() for name, slot in slots(model.cfg, layout).items()}
@@ -139,6 +145,8 @@ def _fill(
 ) -> None:
     """Copy every stored tensor into its place, and refuse the whole checkpoint if one holds NaN or infinity."""
     params = dict(model.named_parameters())
+    holders = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
+    tally = ErrorTally()
     dtype = model.dtype
     broken: dict[str, None] = {}
     n_bytes = sum(tensor.n_bytes for tensor in stored.values())
@@ -148,7 +156,10 @@ def _fill(
             cast = piece.to(dtype)
             if not _is_finite(cast):
                 broken[f"{name}: holds NaN or infinity as {dtype}"] = None
-            _part(params, table[name])[rows].copy_(cast)
+            elif table[name].param in holders:
+                store_piece(holders[table[name].param], table[name], rows, piece, tally)
+            else:
+                _part(params, table[name])[rows].copy_(cast)
             bar.update(piece.nbytes)
         for name, rows, piece in stream({name: stored[name] for name in stored.keys() - table.keys()}):
             # Only a tied head is left: a copy of the embedding, or the config is wrong to tie them.
@@ -157,6 +168,8 @@ def _fill(
             bar.update(piece.nbytes)
     if broken:
         raise_problems(directory, "finite weights as config.json describes them", list(broken), "Do not use it.")
+    if holders:
+        model.expert_errors = tally.frame()
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from workbench.config import ModelConfig, Qwen3MoeConfig
@@ -9,11 +11,22 @@ from workbench.errors import ConfigError
 from workbench.models.cache import KVCache
 from workbench.models.generate import Generation, generate
 from workbench.models.llama import Llama
-from workbench.models.moe import ROUTER_DTYPES
+from workbench.models.moe import ROUTER_DTYPES, Moe
+from workbench.models.moe_weights import EXPERT_FORMATS, hold_quantised
 from workbench.models.qwen3_moe import Qwen3Moe
 from workbench_kernels import choose_implementation
+from workbench_kernels.moe.choice import triton_obstacle
 
-__all__ = ["Generation", "KVCache", "Llama", "Qwen3Moe", "build_model", "generate", "init_weights"]
+__all__ = [
+    "Generation",
+    "KVCache",
+    "Llama",
+    "Qwen3Moe",
+    "build_model",
+    "generate",
+    "init_weights",
+    "quantised_implementation",
+]
 
 
 def build_model(
@@ -23,22 +36,30 @@ def build_model(
     moe_impl: str = "auto",
     router_dtype: str = "float32",
     attn_impl: str = "sdpa",
+    experts: str = "plain",
 ) -> Llama:
     """A model of either architecture with unset weights, in evaluation mode; `device="meta"` allocates nothing.
 
     `moe_impl` is resolved here and stays what it is: "auto" becomes "sorted" on CPU and "grouped_mm" for bfloat16 on
-    CUDA. Raises ConfigError for a name that does not exist.
+    CUDA. `experts` "int8" or "int4" holds the experts quantised, in any case of "auto" with triton where that runs.
+    Raises ConfigError for a name that does not exist and for an implementation that cannot run these experts.
     """
     target = torch.device(device)
+    if experts not in EXPERT_FORMATS:
+        raise ConfigError(f"experts: expected one of {', '.join(EXPERT_FORMATS)}, got {experts!r}.")
+    bits = EXPERT_FORMATS[experts] if cfg.is_moe else 16
+    implementation = _implementation if bits == 16 else quantised_implementation
     with torch.device("meta"):  # first without memory: constructors would fill float32 weights only to be overwritten
-        implementation = _implementation(moe_impl, target, dtype)  # checked for a dense model too
+        chosen = implementation(moe_impl, target, dtype)  # checked for a dense model too
         if router_dtype not in ROUTER_DTYPES:
             raise ConfigError(f"router_dtype: expected one of {', '.join(ROUTER_DTYPES)}, got {router_dtype!r}.")
         if isinstance(cfg, Qwen3MoeConfig):
-            model: Llama = Qwen3Moe(cfg, attn_impl, implementation, router_dtype)
+            model: Llama = Qwen3Moe(cfg, attn_impl, chosen, router_dtype)
         else:
             model = Llama(cfg, attn_impl)
     model = model.to(dtype).eval()
+    if bits != 16:
+        _hold_quantised(model, bits)
     if target.type == "meta":
         return model
     model = model.to_empty(device=target)
@@ -52,6 +73,30 @@ def _implementation(moe_impl: str, device: torch.device, dtype: torch.dtype) -> 
         return choose_implementation(moe_impl, device, dtype)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def quantised_implementation(moe_impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs int8 or int4 experts. Raises ConfigError for one that cannot."""
+    if moe_impl == "auto":
+        moe_impl = "triton" if device.type == "cuda" and not triton_obstacle(device, dtype) else "sorted"
+    if moe_impl == "grouped_mm":
+        raise ConfigError("moe_impl: expected triton, sorted or reference for quantised experts, got 'grouped_mm'.")
+    if moe_impl != "triton":
+        warnings.warn(
+            f"int8 or int4 experts with moe_impl {moe_impl!r}: every expert that is hit is dequantised in every call. "
+            "They save memory and no time; moe_impl='triton' reads them as they are.",
+            stacklevel=3,
+        )
+    return _implementation(moe_impl, device, dtype)
+
+
+def _hold_quantised(model: Llama, bits: int) -> None:
+    for module in list(model.modules()):
+        if isinstance(module, Moe):
+            try:
+                hold_quantised(module, bits)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
 
 
 @torch.no_grad()

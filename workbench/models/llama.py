@@ -35,6 +35,7 @@ class Llama(HookedModel):
             raise ConfigError(f"attn_impl: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, got {attn_impl!r}.")
         self.cfg, self.attn_impl = cfg, attn_impl
         self.source: str | None = None
+        self.expert_errors: Any = None  # frame of what quantising the experts cost, when it was done while loading
         self.tokenizer: Any = None
         self.chat_template: str | None = None
         self.stop_ids: tuple[int, ...] = (2, 13)  # <|return|> and <|call|>

@@ -9,6 +9,8 @@ experts and k=8), so that which expert runs may depend on the device; in float32
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,9 +19,15 @@ from workbench.config import Qwen3MoeConfig
 from workbench.errors import HookError
 from workbench.hooks import HookPoint
 from workbench.models.layers import wide
-from workbench_kernels import routed_experts
+from workbench.models.moe_weights import QuantizedWeight, expert_weight
+from workbench_kernels import Intervene, Need, routed_experts
+from workbench_kernels.moe.api import NO_GRADIENT, plan_layer, without_gradient
 
 ROUTER_DTYPES = ("float32", "model")
+FUSED_POINTS = (
+    "router_logits", "router_probs", "expert_ids", "routing_weights",
+    "expert_pre", "expert_pre_linear", "expert_post", "expert_out",
+)  # fmt: skip
 
 
 class Moe(nn.Module):
@@ -29,8 +37,9 @@ class Moe(nn.Module):
         super().__init__()
         self.cfg, self.moe_impl, self.router_dtype = cfg, moe_impl, router_dtype
         self.router = Router(cfg)
-        self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))  # gate rows first
-        self.down = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
+        # gate rows first; both give way to a QuantizedWeight in a model with int8 or int4 experts
+        self.gate_up: Tensor | QuantizedWeight = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
+        self.down: Tensor | QuantizedWeight = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
         router = "wide" if router_dtype == "float32" else "model"
         self.hook_router_logits = HookPoint("batch pos expert", router)  # before top-k: editing it re-routes
         self.hook_router_probs = HookPoint("batch pos expert", "wide")  # softmax over all experts
@@ -44,6 +53,8 @@ class Moe(nn.Module):
         self.hook_expert_out = HookPoint("batch pos k d_model", cost=slots.format("d_model"))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # [batch pos d_model]
+        if self.moe_impl == "triton":
+            return self._fused(x, valid)
         logits = self.hook_router_logits(self._logits(x))  # [batch pos expert]
         probs = self.hook_router_probs(wide(logits).softmax(-1))  # [batch pos expert]
         ids = self._forced(self._top_k(probs))  # [batch pos k]
@@ -51,10 +62,45 @@ class Moe(nn.Module):
         if self.hook_expert_load.listened:
             self.hook_expert_load(expert_load(ids, valid, self.cfg.n_experts))  # [expert]
         out = routed_experts(
-            x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1), self.gate_up, self.down,
+            x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1),
+            expert_weight(self.gate_up), expert_weight(self.down),
             impl=self.moe_impl, taps=self._taps(x.shape[:2]),
+            numerics="trained" if self.router_dtype == "float32" else "hf",
         )  # fmt: skip
         return out.view_as(x)
+
+    def _fused(self, x: Tensor, valid: Tensor | None) -> Tensor:  # [batch pos d_model]
+        """The same steps in Triton kernels: each hook point lies where one ends anyway, and the rest stays fused."""
+        from workbench_kernels.moe import stages  # needs triton
+
+        taps = self._fused_taps(x.shape[:2])
+        numerics = "trained" if self.router_dtype == "float32" else "hf"
+        weights = self.router.weight, expert_weight(self.gate_up), expert_weight(self.down)
+        layer = plan_layer(
+            x.flatten(0, 1), *weights, self.cfg.k, self.cfg.norm_topk_prob, Need(), Intervene(), "auto", numerics
+        )
+        if not layer.n_tokens:
+            raise HookError("tokens: expected at least one for moe_impl 'triton', got none.")
+        routed = stages.route(layer, taps)
+        if self.hook_expert_load.listened:
+            ids = routed.ids.unflatten(0, x.shape[:2])  # [batch pos k]
+            self.hook_expert_load(expert_load(ids, valid, self.cfg.n_experts))  # [expert]
+        out, _ = stages.experts(layer, *stages.order(layer, routed), taps)
+        return without_gradient(out, x, *weights, error=HookError).view_as(x)
+
+    def _fused_taps(self, batch_pos: torch.Size) -> dict[str, Tap]:
+        points = {name: getattr(self, f"hook_{name}") for name in FUSED_POINTS}
+        router = torch.float32 if self.router_dtype == "float32" else self.router.weight.dtype
+        dtypes = {"router_logits": router, "router_probs": torch.float32, "routing_weights": router}
+        for point in points.values():
+            if point.bwd_hooks or point._backward_hooks or point._backward_pre_hooks:
+                raise HookError(f"backward hook at {point.name}: {NO_GRADIENT}")
+        shown: dict[str, Tap] = {
+            name: FusedTap(point, batch_pos, dtypes.get(name)) for name, point in points.items() if point.listened
+        }
+        if "expert_ids" in shown:
+            shown["expert_ids"] = FusedTap(self._forced, batch_pos)
+        return shown
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.router_dtype == "model":
@@ -103,13 +149,23 @@ class Router(nn.Module):
 
 
 class Tap:
-    """Shows a hook point the routed activations [token k ...] as [batch pos k ...]."""
+    """Shows a hook point what has one row per token [token ...] as [batch pos ...]."""
 
-    def __init__(self, point: HookPoint, batch_pos: torch.Size) -> None:
-        self.point, self.batch_pos = point, batch_pos
+    def __init__(self, point: Callable[[Tensor], Tensor], batch_pos: torch.Size, dtype: torch.dtype | None = None):
+        self.point, self.batch_pos, self.dtype = point, batch_pos, dtype  # dtype: what the point documents
 
-    def __call__(self, slots: Tensor) -> Tensor:
-        return self.point(slots.unflatten(0, self.batch_pos)).flatten(0, 1)
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.point(rows.unflatten(0, self.batch_pos).to(self.dtype or rows.dtype)).flatten(0, 1)
+
+
+class FusedTap(Tap):
+    """A tap at a kernel's boundary, where no gradient passes."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        new = super().__call__(rows)
+        if new.requires_grad:
+            raise HookError(f"hook inside the experts: expected a tensor without a gradient. {NO_GRADIENT}")
+        return new
 
 
 def expert_load(ids: Tensor, valid: Tensor | None, n_experts: int) -> Tensor:  # [batch pos k] -> float32 [expert]

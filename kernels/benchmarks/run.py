@@ -1,0 +1,150 @@
+"""Measure the expert layer and the whole model in one call; writes a CSV and prints a table last.
+
+    python kernels/benchmarks/run.py                    the GPU, if there is one, else the CPU paths
+    python kernels/benchmarks/run.py --device cpu --threads 2
+    python kernels/benchmarks/run.py --smoke            tiny shapes: does everything run?
+
+Correctness against the oracle comes first: wrong results are not timed. Each section stands alone, and what fails
+becomes a row that says why. Needs torch, triton and safetensors, and transformers for those peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # a bare checkout works without being installed
+sys.path.insert(2, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from layers import Bench
+from measure import Report
+from models import REAL as REAL_MODEL
+from models import SMOKE as SMOKE_MODEL
+from models import whole_model
+from registry import REAL, SMALL, SMOKE, versions
+
+COLUMNS = (
+    "section", "name", "n_tokens", "routing", "dtype", "us", "floor_us", "percent_of_floor", "ours_is_faster_by",
+    "percent_more", "tokens_per_s", "value", "how", "note",
+)  # fmt: skip
+GPU_TOKENS, CPU_TOKENS = (1, 4, 8, 16, 64, 256, 512, 1024, 4096, 16384), (1, 64, 512)
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What stands in every row: device, driver, cores, threads and versions."""
+    about = {"device": platform.processor() or platform.machine(), "driver": "", "cores": str(os.cpu_count())}
+    about |= {"threads": str(torch.get_num_threads()), "capability": torch.backends.cpu.get_cpu_capability()}
+    if device.type == "cuda":
+        about |= {"device": torch.cuda.get_device_name(device), "driver": _driver()}
+        about["capability"] = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return about | versions()
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"
+
+
+@torch.no_grad()
+def measure(report: Report, device: torch.device, smoke: bool, impl: str) -> bool:
+    """All sections in order of importance; False when a result was wrong."""
+    on_gpu = device.type == "cuda"
+    shape = SMOKE if smoke else REAL if on_gpu else SMALL
+    tokens = (1, 5, 40) if smoke else GPU_TOKENS if on_gpu else CPU_TOKENS
+    right = True
+    for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
+        bench = report.attempt("layer", "weights", lambda d=dtype: Bench(report, shape, d, device, impl))
+        if bench is None:
+            continue
+        for n_tokens in (1, 64, 512) if on_gpu else tokens:
+            checked = report.attempt("correctness", impl, lambda n=n_tokens, b=bench: (b.correctness(n),))
+            right &= bool(checked and checked[0])
+        if not right:
+            continue  # a wrong result has no time
+        sections = [(f"T={n}", lambda n=n, b=bench: b.compare(n, False)) for n in tokens]
+        sections += [
+            ("costs", lambda n=n, b=bench: b.costs(n)) for n in (tokens[0], tokens[-1] if not on_gpu else 4096)
+        ]
+        sections += [("formats", lambda n=n, b=bench: b.formats(n)) for n in (tokens[0], 64 if on_gpu else tokens[1])]
+        sections += [(f"T={n} skewed", lambda n=n, b=bench: b.compare(n, True)) for n in tokens]
+        for name, section in sections:
+            if report.left > (60 if on_gpu and not smoke else 0):
+                report.attempt("layer", name, section)
+            else:
+                report.add("layer", name, dtype=str(dtype), note="left out: the time budget is spent")
+        del bench, sections
+    if on_gpu:
+        torch.cuda.empty_cache()
+    if on_gpu or smoke:
+        plan: dict[str, Any] = {"prompts": (512, 4096, 16384), "batches": (1, 8), "context": 512}
+        if smoke:
+            plan = {"prompts": (16, 32), "batches": (1, 2), "context": 8}
+        cfg, dtype = (SMOKE_MODEL, torch.float32) if smoke and not on_gpu else (REAL_MODEL, torch.bfloat16)
+        cfg = SMOKE_MODEL if smoke else cfg
+        report.attempt("model", "whole model", lambda: whole_model(report, cfg, dtype, device, impl, **plan))
+    return right
+
+
+def write(report: Report, about: dict[str, str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *about])
+        writer.writeheader()
+        writer.writerows({**{key: _rounded(value) for key, value in row.items()}, **about} for row in report.rows)
+
+
+def table(report: Report) -> str:
+    """The rows as text, a block per section."""
+    lines: list[str] = []
+    for section in dict.fromkeys(row["section"] for row in report.rows):
+        rows = [row for row in report.rows if row["section"] == section]
+        used = [column for column in COLUMNS[1:] if any(row.get(column) not in (None, "") for row in rows)]
+        cells = [used, *([str(_rounded(row.get(column, ""))) for column in used] for row in rows)]
+        widths = [max(len(line[at]) for line in cells) for at in range(len(used))]
+        lines += ["", section, *("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)]
+    return "\n".join(lines)
+
+
+def _rounded(value: Any) -> Any:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--impl", default="auto", help="ours, by name; auto: triton on a GPU, else sorted")
+    parser.add_argument("--threads", type=int, help="of torch on CPU")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds; sections that no longer fit say so")
+    parser.add_argument("--out", type=Path, help="the CSV; default: kernels/benchmarks/results/DEVICE.csv")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    impl = arguments.impl if arguments.impl != "auto" else "triton" if device.type == "cuda" else "sorted"
+    report = Report(time.monotonic() + arguments.budget)
+    about = machine(device)
+    right = measure(report, device, arguments.smoke, impl)
+    name = about["device"].lower().replace(" ", "_").replace("/", "_") if device.type == "cuda" else "cpu"
+    path = arguments.out or Path(__file__).parent / "results" / f"{name}.csv"
+    write(report, about, path)
+    print(", ".join(f"{key} {value}" for key, value in about.items() if value))
+    print(table(report))
+    print(f"\nwritten to {path}" if right else f"\nWRONG RESULTS, not timed; see {path}")
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

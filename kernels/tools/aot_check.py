@@ -1,0 +1,216 @@
+"""Compile every shipped configuration for every architecture, without a GPU, and fail where the code is not good.
+
+    python kernels/tools/aot_check.py [--arch sm_90,gfx942] [--fast] [--jobs 2] [--json FILE]
+
+Per launch: it compiles; nothing spills to memory; shared memory stays within the device's limit; and where a table
+says "wgmma", the code has it. Safe block sizes are checked as well, on every architecture. Exit status 1 when anything
+fails. Uses what the triton wheel carries (ptxas, cuobjdump, nvdisasm). TRITON_INTERPRET must be unset: triton reads it
+when a kernel is defined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+import triton
+from launches import OPTIONS, Launch, layer_launches
+from triton.backends.compiler import GPUTarget
+
+from workbench_kernels import tables
+from workbench_kernels.moe.blocks import SAFE, safe_blocks
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# target, bytes of shared memory that one block may have
+ARCHITECTURES: dict[str, tuple[GPUTarget, int]] = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 166912),
+    "sm_86": (GPUTarget("cuda", 86, 32), 101376),
+    "sm_90": (GPUTarget("cuda", 90, 32), 232448),
+    "sm_100": (GPUTarget("cuda", 100, 32), 232448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
+}
+SHIPPED = ("sm_80", "sm_90", "sm_100", "gfx942")  # those with a table; sm_86 runs the safe sizes
+FORMATS = ("bfloat16/16", "bfloat16/8", "bfloat16/4", "float16/16", "float16/8", "float16/4", "float32/16")
+_SAFE_TOKENS = {"decode": 1, "skinny": 64, "tile": 4096}
+
+
+class Case(NamedTuple):
+    """One layer call to compile on one architecture."""
+
+    arch: str
+    path: str
+    n_tokens: int
+    dtype: str
+    bits: int
+    group: int
+    blocks: dict[str, Any]
+    options: str
+    numerics: str
+    label: str
+
+
+class Result(NamedTuple):
+    """What the compiler made of one launch; `problems` is empty when all is well."""
+
+    label: str
+    kernel: str
+    problems: tuple[str, ...]
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    instruction: str = ""
+    seconds: float = 0.0
+
+
+def cases(archs: tuple[str, ...], fast: bool, formats: tuple[str, ...]) -> Iterator[Case]:
+    """Shipped entries and safe sizes; with `fast`, of each path only the first bucket and the widest options."""
+    for arch in archs:
+        for entry in tables.entries(arch):
+            if f"{entry['dtype']}/{entry['bits']}" not in formats:
+                continue
+            for path in ("decode", "skinny", "tile"):
+                for tokens, blocks in list(entry.get(path, {}).items())[: 1 if fast else None]:
+                    yield from _variants(arch, path, int(tokens), entry["dtype"], entry["bits"], blocks, "table", fast)
+        for dtype, bits in (tuple(name.split("/")) for name in formats):
+            for path in SAFE:
+                safe = safe_blocks(path, getattr(torch, dtype))
+                yield from _variants(arch, path, _SAFE_TOKENS[path], dtype, int(bits), safe, "safe", fast)
+
+
+def _variants(
+    arch: str, path: str, n_tokens: int, dtype: str, bits: int, blocks: dict[str, Any], origin: str, fast: bool
+) -> Iterator[Case]:
+    for group in (64, 128) if bits == 4 and not fast else (64,):
+        for options in ("everything",) if fast else OPTIONS if bits == 16 else ("plain", "everything"):
+            numerics = ("trained", "hf") if options == "plain" and dtype == "bfloat16" and bits == 16 else ("trained",)
+            for kind in numerics:
+                label = f"{arch} {origin} {path} T={n_tokens} {dtype}/{bits} {options} {kind}"
+                yield Case(arch, path, n_tokens, dtype, bits, group, blocks, options, kind, label)
+
+
+def check_case(case: Case, seen: set[tuple[str, Launch]]) -> list[Result]:
+    """Compile the launches of one case that no earlier case had on this architecture."""
+    results = []
+    launches = layer_launches(
+        case.path, case.n_tokens, getattr(torch, case.dtype), case.bits, case.group, case.blocks, case.options,
+        case.numerics,
+    )  # fmt: skip
+    for launch in launches:
+        if (case.arch, launch) not in seen:
+            seen.add((case.arch, launch))
+            results.append(check_launch(launch, case.arch, case.label, claims_wgmma(launch, case.blocks)))
+    return results
+
+
+def claims_wgmma(launch: Launch, blocks: dict[str, Any]) -> bool:
+    return any(blocks.get(part, {}).get("wgmma", False) for part in ("gate_up", "down") if launch.name.startswith(part))
+
+
+def check_launch(launch: Launch, arch: str, label: str, wants_wgmma: bool) -> Result:
+    target, limit = ARCHITECTURES[arch]
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    began = time.monotonic()
+    try:
+        compiled = triton.compile(launch.source(), target=target, options=options)
+    except Exception as error:  # whatever the compiler throws is the finding, and goes into the report
+        last = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        return Result(label, launch.name, (f"does not compile: {last.strip()[:160]}",))
+    found = inspect_cuda(compiled) if target.backend == "cuda" else inspect_hip(compiled)
+    registers, spills, instruction = found
+    shared = compiled.metadata.shared
+    problems = []
+    if spills:
+        problems.append(f"{spills} spilled accesses")
+    if shared > limit:
+        problems.append(f"{shared} bytes of shared memory, the limit is {limit}")
+    if wants_wgmma and instruction != "wgmma":
+        problems.append(f"claims wgmma, has {instruction or 'no matrix instruction'}")
+    seconds = time.monotonic() - began
+    return Result(label, launch.name, tuple(problems), registers, spills, shared, instruction, seconds)
+
+
+def inspect_cuda(compiled: Any) -> tuple[int, int, str]:
+    """Registers, accesses to local memory, matrix instruction: read from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError("cuobjdump: expected the register count, got none. Is the triton wheel complete?")
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    kinds = {"wgmma": r"\b[HIQ]GMMA", "tcgen05": r"\bUTC\w*MMA", "mma": r"\b[HIQ]MMA", "fma": r"\bFFMA"}
+    return int(registers[1]), spills, next((name for name, mark in kinds.items() if re.search(mark, code)), "")
+
+
+def inspect_hip(compiled: Any) -> tuple[int, int, str]:
+    text = compiled.asm["amdgcn"]
+    counts = {name: re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")}
+    if None in counts.values():
+        raise RuntimeError("amdgcn: expected register counts, got none. The format changed; mend inspect_hip.")
+    registers, spills = (int(match[1]) for match in counts.values() if match)
+    return registers, spills, "mfma" if "v_mfma" in text else ""
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _check_group(group: list[Case]) -> list[Result]:
+    seen: set[tuple[str, Launch]] = set()
+    return [result for case in group for result in check_case(case, seen)]
+
+
+def check(
+    archs: tuple[str, ...], fast: bool = False, formats: tuple[str, ...] = FORMATS, jobs: int = 1
+) -> list[Result]:
+    """Every result, in a fixed order. Groups share launches, so that a process compiles each once."""
+    groups: dict[tuple[str, ...], list[Case]] = {}
+    for case in cases(archs, fast, formats):
+        groups.setdefault((case.arch, case.dtype, str(case.bits)), []).append(case)
+    if jobs == 1:
+        return [result for group in groups.values() for result in _check_group(group)]
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return [result for results in pool.map(_check_group, groups.values(), chunksize=1) for result in results]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default=",".join([*SHIPPED, "sm_86"]), help="comma-separated architectures")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="dtype of activations / bits of weights")
+    parser.add_argument("--fast", action="store_true", help="one bucket per path, all options at once")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--json", type=Path, help="write every result there")
+    arguments = parser.parse_args()
+    archs = tuple(arguments.arch.split(","))
+    if unknown := [arch for arch in archs if arch not in ARCHITECTURES]:
+        parser.error(f"--arch: expected among {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}.")
+    results = check(archs, arguments.fast, tuple(arguments.formats.split(",")), arguments.jobs)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
+    bad = [result for result in results if result.problems]
+    for result in bad:
+        print(f"{result.label}: {result.kernel}: {'; '.join(result.problems)}")
+    print(f"triton {triton.__version__}: {len(results)} launches on {', '.join(archs)}, {len(bad)} with problems")
+    return 1 if bad or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""transformers' Qwen3-MoE on our experts: logits against its own implementations, each named, on the same experts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from workbench_kernels import IMPLEMENTATIONS
+from workbench_kernels.hf import register_with_transformers
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+
+def model(dtype: torch.dtype, k: int = 2) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=k,
+        norm_topk_prob=True,
+    )  # fmt: skip
+    built = transformers.Qwen3MoeForCausalLM(config).to(dtype).eval()
+    for layer in built.model.layers:
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=1.0)
+    return built
+
+
+@torch.no_grad()
+def forced(built: transformers.PreTrainedModel, implementation: str, record: dict[int, Tensor]) -> Tensor:
+    """Logits with `implementation`; the experts of the first run are forced on every later one."""
+    built.set_experts_implementation(implementation)
+
+    def force(
+        layer: int, gate: torch.nn.Module, output: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, _, ids = output
+        ids = record.setdefault(layer, ids)
+        weights = logits.softmax(-1, dtype=torch.float32).gather(-1, ids)
+        return logits, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype), ids
+
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda gate, _, output, at=at: force(at, gate, output))
+        for at, layer in enumerate(built.model.layers)
+    ]
+    logits = built(torch.arange(40).reshape(2, 20)).logits
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+@pytest.mark.parametrize("theirs", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_equal_those_of_transformers(theirs: str, dtype: torch.dtype) -> None:
+    names = register_with_transformers()
+    built, record = model(dtype, k=4), {}
+    expected = forced(built, theirs, record).float()
+    bound = 1e-5 if dtype == torch.float32 else 2e-2  # eager and grouped_mm differ by as much from each other
+    for name in names:
+        if name != "workbench_triton":
+            got = forced(built, name, record).float()
+            assert float((got - expected).norm() / expected.norm()) < bound, name
+
+
+def test_grouped_mm_is_transformers_grouped_mm_bit_for_bit() -> None:
+    register_with_transformers()
+    for dtype in (torch.float32, torch.bfloat16):
+        built, record = model(dtype, k=4), {}
+        expected = forced(built, "grouped_mm", record)
+        assert torch.equal(forced(built, "workbench_grouped_mm", record), expected)
+
+
+def test_every_implementation_has_a_name_and_triton_says_where_it_runs() -> None:
+    names = register_with_transformers()
+    assert names == tuple(f"workbench_{impl}" for impl in (*IMPLEMENTATIONS, "triton"))
+    with pytest.raises(ValueError, match="expected one that runs here"):
+        forced(model(torch.float32), "workbench_triton", {})
+
+
+def test_other_experts_are_refused() -> None:
+    register_with_transformers()
+    built = model(torch.float32)
+    for layer in built.model.layers:
+        layer.mlp.experts.act_fn = torch.nn.GELU()
+    with pytest.raises(
+        ValueError, match="Qwen3MoeExperts: expected SwiGLU experts as in Qwen3-MoE, got another act_fn"
+    ):
+        forced(built, "workbench_sorted", {})
+
+
+def test_importing_the_kernels_imports_no_transformers() -> None:
+    code = "import sys, workbench_kernels, workbench_kernels.hf; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
