@@ -1,6 +1,6 @@
 """Small models whose answer has one known cause, set by hand: what an experiment finds can be checked.
 
-Every prompt is fillers, one subject ("yes" or "no"), more fillers, a query; the answer "A" belongs to yes and "B" to no.
+Every prompt is fillers, a subject ("yes" or "no"), more fillers, a query; answer "A" belongs to yes and "B" to no.
 Three circuits, each in a model that is otherwise busy with the fillers and never touches the answer:
 
   copying_head    one head carries the subject's sign to the query, where the unembedding reads it
