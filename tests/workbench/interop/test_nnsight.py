@@ -171,21 +171,31 @@ def test_generation_is_traced_step_by_step_lazy_points_included(nano, prompt):
 
 def test_the_batch_wide_load_is_refused_across_invokes(nano, prompt):
     wrapped = wrap(nano)
-    with pytest.raises(HookError, match="one invoke"), torch.no_grad(), wrapped.trace() as tracer:
-        with tracer.invoke(prompt):
-            wrapped.blocks[0].mlp.hook_expert_load.output.save()
-        with tracer.invoke(prompt):
-            wrapped.output.save()
+
+    def read_load():
+        with torch.no_grad(), wrapped.trace() as tracer:
+            with tracer.invoke(prompt):
+                wrapped.blocks[0].mlp.hook_expert_load.output.save()
+            with tracer.invoke(prompt):
+                wrapped.output.save()
+
+    with pytest.raises(HookError, match="one invoke"):
+        read_load()
 
 
 @pytest.mark.parametrize("bad", [3, torch.zeros(1, 2, 3)])
 def test_a_prompt_that_is_none_is_refused(nano, prompt, bad):
     wrapped = wrap(nano)
-    with pytest.raises(ShapeError, match="prompt: expected"), torch.no_grad(), wrapped.trace() as tracer:
-        with tracer.invoke(bad):
-            wrapped.output.save()
-        with tracer.invoke(prompt):
-            wrapped.output.save()
+
+    def trace_both():
+        with torch.no_grad(), wrapped.trace() as tracer:
+            with tracer.invoke(bad):
+                wrapped.output.save()
+            with tracer.invoke(prompt):
+                wrapped.output.save()
+
+    with pytest.raises(ShapeError, match="prompt: expected"):
+        trace_both()
 
 
 def test_outside_a_trace_the_model_is_as_before(nano, prompt):
