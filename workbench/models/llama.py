@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -108,7 +107,7 @@ class Llama(HookedModel):
         for batch in self.batches:
             given = tokens if start_at_layer is None else None
             continues = cache is not None and cache.n_seen > 0
-            batch.begin(given, frame.positions, frame.valid, x.shape[0], continues)
+            batch.begin(given, frame.positions.expand(x.shape[:2]), frame.valid, continues)
         if start_at_layer is None:
             x = self.hook_embed(x)
         for block in self.blocks[first:last]:
