@@ -25,8 +25,8 @@ ARCHITECTURES = ("llama", "qwen3_moe")
 BOS, YES, NO, QUERY, A, B, FIRST_FILLER = 1, 3, 5, 6, 7, 8, 9
 D_VOCAB, D_MODEL, D_HEAD = 24, 32, 8
 # what the first axes of the residual stream mean; the rest carries the fillers
-CONST, CONTENT, SUBJECT, ASKED, COPIED, ANSWER, IDLE = range(7)
-NOISE = slice(8, D_MODEL)
+CONST, CONTENT, SUBJECT, ASKED, COPIED, ANSWER, IDLE = range(7)  # IDLE and the next three: one for each idle head
+NOISE = slice(IDLE + 4, D_MODEL)
 HEAD_LAYER, WRITER_LAYER = 1, 2
 HEAD, KV_HEAD, IDLE_HEAD = 2, 1, 0
 NEURON, EXPERT, EXPERT_B = 5, 3, 6
@@ -150,7 +150,7 @@ def _embeddings(model: Llama, read: int, generator: torch.Generator) -> None:
 
 
 def _head(attn: torch.nn.Module) -> None:
-    """The carrying head, and one that attends alike and writes to the idle axis, as its group mate does."""
+    """The carrying head, and one that attends alike; it and the group mates write to axes that nobody reads."""
     q, k, v, o = (getattr(attn, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     for weight in (q, k, v, o):
         weight.zero_()
@@ -160,7 +160,7 @@ def _head(attn: torch.nn.Module) -> None:
     for head in (HEAD, IDLE_HEAD):
         q[head * D_HEAD + SLOW, ASKED] = 4
     for head in range(4):
-        o[COPIED if head == HEAD else IDLE, head * D_HEAD] = 0.4
+        o[COPIED if head == HEAD else IDLE + head, head * D_HEAD] = 0.4
     if attn.qk_norm:  # a normalised key has length sqrt(d_head): sharpen what the projections no longer can
         attn.q_norm.weight.fill_(4.0)
 

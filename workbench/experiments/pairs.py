@@ -1,0 +1,169 @@
+"""Prompts in two versions, and the clean and the corrupt run that patching moves activations between."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from workbench.capture import weights_hash
+from workbench.errors import ShapeError
+from workbench.experiments.metrics import Metric, TokenMetric, metric_name, score_rows
+from workbench.models import Llama
+from workbench.models.layers import check_mask, check_tokens
+
+DIRECTIONS = ("denoise", "noise")
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Prompts in two versions, [pair pos] token ids each, aligned position by position.
+
+    attention_mask: shared by both versions, padding on the left. positions: what to patch, each a label and for every
+    pair the position, or (position in clean, position in corrupt) where the versions are not aligned, as between
+    languages; counted over tokens, negative from the end. Without it every position is patched, which needs prompts of
+    one length. names: one per pair.
+    """
+
+    clean: Tensor
+    corrupt: Tensor
+    attention_mask: Tensor | None = None
+    positions: Mapping[str, Sequence[int | tuple[int, int]]] | None = None
+    names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.clean.shape != self.corrupt.shape or self.clean.ndim != 2:
+            raise ShapeError(
+                f"pairs: expected clean and corrupt tokens of one shape [pair pos], got {tuple(self.clean.shape)} and "
+                f"{tuple(self.corrupt.shape)}. Pad the shorter on the left and pass attention_mask."
+            )
+        if self.attention_mask is not None:
+            valid = check_mask(self.attention_mask, (self.n_pairs, self.n_pos))
+            if not bool(valid[:, -1].all()):
+                raise ShapeError("attention_mask: expected padding on the left, got a padded last position.")
+            if self.positions is None and not bool(valid.all()):
+                raise ShapeError("pairs: expected named positions for prompts of several lengths, got none.")
+        for label, places in (self.positions or {}).items():
+            if len(places) != self.n_pairs:
+                raise ShapeError(
+                    f"position {label!r}: expected one for each of {self.n_pairs} pairs, got {len(places)}."
+                )
+
+    @property
+    def n_pairs(self) -> int:
+        return self.clean.shape[0]
+
+    @property
+    def n_pos(self) -> int:
+        return self.clean.shape[1]
+
+    def columns(self) -> dict[str | int, tuple[Tensor, Tensor]]:
+        """For each position to patch its columns [pair] in the clean and in the corrupt version."""
+        if self.positions is None:
+            same = {pos: torch.full((self.n_pairs,), pos) for pos in range(self.n_pos)}
+            return {pos: (column, column) for pos, column in same.items()}
+        return {label: self._columns(label, places) for label, places in self.positions.items()}
+
+    def _columns(self, label: str, places: Sequence[int | tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        both = torch.tensor([(p, p) if isinstance(p, int) else tuple(p) for p in places])  # [pair version]
+        mask = self.attention_mask
+        n_pad = torch.zeros(self.n_pairs).long() if mask is None else self.n_pos - mask.cpu().long().sum(1)
+        columns = torch.where(both < 0, both + self.n_pos, both + n_pad[:, None])
+        if bool((columns < n_pad[:, None]).any()) or bool((columns >= self.n_pos).any()):
+            raise ShapeError(f"position {label!r}: expected places inside the prompts, got {list(places)}.")
+        return columns[:, 0], columns[:, 1]
+
+    def unit_names(self) -> list[str]:
+        return list(self.names) if self.names is not None else [str(pair) for pair in range(self.n_pairs)]
+
+    def describe(self) -> dict[str, Any]:
+        data = torch.cat([self.clean, self.corrupt]).cpu().to(torch.int64).numpy().tobytes()
+        return {"n_pairs": self.n_pairs, "n_pos": self.n_pos, "tokens": hashlib.sha256(data).hexdigest()[:16]}
+
+
+class Runs:
+    """The clean and the corrupt run, computed once, and the metric on either.
+
+    The run that is patched is the target, the other the source. `resid` [layer pair pos d_model] is what enters each
+    layer of the target, then what leaves the last.
+    """
+
+    def __init__(self, model: Llama, pairs: Pairs, metric: Metric, points: set[str], direction: str) -> None:
+        if direction not in DIRECTIONS:
+            raise ShapeError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}.")
+        for tokens in (pairs.clean, pairs.corrupt):
+            check_tokens(tokens, model.cfg)
+        self.model, self.pairs, self.metric, self.direction = model, pairs, metric, direction
+        source, target = (pairs.clean, pairs.corrupt) if direction == "denoise" else (pairs.corrupt, pairs.clean)
+        kept = set() if not points else points | {"hook_resid_pre"}
+        self.source, source_end = self._run(source, kept)
+        self.target, target_end = self._run(target, {"hook_resid_pre"})
+        self.resid = [self.target[f"blocks.{layer}.hook_resid_pre"] for layer in range(model.cfg.n_layers)]
+        self.resid.append(target_end)
+        scores = [self.score(end)[0] for end in (source_end, target_end)]
+        self.clean, self.corrupt = scores if direction == "denoise" else scores[::-1]  # [pair] each
+        if bool((self.clean == self.corrupt).any()):
+            which = [n for n, same in zip(pairs.unit_names(), self.clean == self.corrupt, strict=True) if same]
+            raise ShapeError(f"metric: expected clean and corrupt to differ, got equal values for {', '.join(which)}.")
+
+    def _run(self, tokens: Tensor, points: set[str]) -> tuple[dict[str, Tensor], Tensor]:
+        names = [name for name in self.model.hook_dict if name.split(".", 2)[-1] in points]
+        end, cache = self.model.run_with_cache(
+            tokens, attention_mask=self.pairs.attention_mask, names_filter=names, stop_at_layer=self.model.cfg.n_layers
+        )
+        return cache, end
+
+    def columns(self, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(source, target) from (clean, corrupt)."""
+        clean, corrupt = (place.to(self.model.device) for place in places)
+        return (clean, corrupt) if self.direction == "denoise" else (corrupt, clean)
+
+    def continue_from(self, layer: int, x: Tensor, hooks: Sequence[tuple[str, Any]] = ()) -> Tensor:
+        """Run x [(cell pair) pos d_model] from `layer` on; returns the metric [cell pair]."""
+        mask = self.pairs.attention_mask
+        if mask is not None:
+            mask = mask.repeat(x.shape[0] // self.pairs.n_pairs, 1)
+        n_layers = self.model.cfg.n_layers
+        end = self.model.run_with_hooks(
+            x, attention_mask=mask, start_at_layer=layer, stop_at_layer=n_layers, fwd_hooks=hooks
+        )
+        return self.score(end)
+
+    def score(self, end: Tensor) -> Tensor:  # [(cell pair) pos d_model] -> [cell pair]
+        """The metric, which sees the pairs of one cell at a time; only the positions it reads are unembedded."""
+        read = end[:, self.metric.pos, None] if isinstance(self.metric, TokenMetric) else end
+        logits = self.model.unembed(self.model.ln_final(read))
+        score = (lambda x: self.metric.score(x[:, 0])) if isinstance(self.metric, TokenMetric) else self.metric
+        return torch.stack([score_rows(score, part) for part in logits.split(self.pairs.n_pairs)]).float().cpu()
+
+    def frame(self, cells: Sequence[Any], values: Tensor) -> pl.DataFrame:  # [cell pair]
+        """One row per cell and pair."""
+        names, n = self.pairs.unit_names(), self.pairs.n_pairs
+        recovered = (values - self.corrupt) / (self.clean - self.corrupt)
+        axes = {
+            axis: [value for value in column for _ in range(n)]
+            for axis, column in zip(cells[0]._fields, zip(*cells, strict=True), strict=True)
+        }
+        schema: dict[str, Any] = {axis: pl.Int64 for axis in ("layer", "head", "expert") if axis in axes}
+        return pl.DataFrame(
+            {**axes, "pair": names * len(cells), "value": values.flatten().numpy(),
+             "recovered": recovered.flatten().numpy()}, schema_overrides=schema,
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the result besides the cells; the metric is known by its name and its values."""
+        return {
+            "direction": self.direction,
+            "metric": metric_name(self.metric),
+            "model": {"source": self.model.source, "weights": weights_hash(self.model)},
+            "runs": {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device),
+                     "attn_impl": self.model.attn_impl, "moe_impl": self.model.moe_impl},
+            "pairs": self.pairs.describe(),
+            "clean": [round(value, 3) for value in self.clean.tolist()],
+            "corrupt": [round(value, 3) for value in self.corrupt.tolist()],
+        }  # fmt: skip
