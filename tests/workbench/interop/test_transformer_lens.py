@@ -14,6 +14,10 @@ from transformer_lens import ActivationCache, patching
 from transformer_lens.model_protocol import TransformerLensModel, TransformerLensModelWithWeights
 from transformer_lens.tools import analysis
 
+from workbench.experiments.attribution import attribution_patching
+from workbench.experiments.edges import path_patching
+from workbench.experiments.lens import direct_logit_attribution
+from workbench.experiments.metrics import logit_difference
 from workbench.interop.transformer_lens import as_bridge
 
 
@@ -132,6 +136,40 @@ def test_node_attribution_equals_gradient_times_difference(bridged):
             difference = clean_cache[node.hook_name] - cache[node.hook_name]
             expected = (difference * gradients[node.hook_name])[0, node.position, node.head].sum()
             assert value == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_our_own_experiments_give_the_numbers_of_these_tools(bridged):
+    """Direct logit attribution, node attribution and a path into queries: two implementations, one answer."""
+    model, bridge, clean, corrupt, _ = bridged
+    metric = logit_difference(700, 900)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(clean)
+        _, corrupt_cache = bridge.run_with_cache(corrupt)
+        stack, labels = cache.decompose_resid(return_labels=True)
+        attributed = cache.logit_attrs(stack, tokens=700, incorrect_tokens=900)[:, 0, -1].tolist()
+        paths = patching.get_act_patch_direct_path(
+            bridge, corrupt, cache, corrupt_cache, lambda x: metric(x)[0], 3, 1, "q", verbose=False
+        )
+    ours = direct_logit_attribution(model, clean, 700, 900, parts="component").frame
+    names = {"embed": "embed", **{f"{i}_{part}_out": f"{part} {i}" for i in range(6) for part in ("attn", "mlp")}}
+    by_name = {
+        row["component"] + ("" if row["layer"] is None else f" {row['layer']}"): row["value"]
+        for row in ours.rows(named=True)
+    }
+    assert attributed == pytest.approx([by_name[names[label]] for label in labels], abs=1e-4)
+
+    edges = [(f"head {3}.{1}", f"q {layer}.{head}") for layer in (4, 5) for head in range(4)]
+    values = path_patching(model, clean, corrupt, metric, edges).frame["value"].to_list()
+    assert values == pytest.approx(paths[4:].flatten().tolist(), abs=1e-4)
+
+    nodes = dict(analysis.attribution_patch(bridge, clean, corrupt, lambda x: metric(x)[0]).top_nodes(10_000))
+    theirs = {
+        (node.layer, node.position, node.head): value for node, value in nodes.items() if node.kind == "attn_head_out"
+    }
+    heads = attribution_patching(model, clean, corrupt, metric, kinds=["head"], exact_sample=0).frame
+    assert len(heads) == len(theirs)
+    for row in heads.rows(named=True):
+        assert row["value"] == pytest.approx(theirs[row["layer"], row["pos"], row["head"]], abs=1e-3)
 
 
 def test_what_does_not_fit_is_refused_by_name(nano):
