@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -33,7 +33,7 @@ class Pairs:
     clean: Tensor
     corrupt: Tensor
     attention_mask: Tensor | None = None
-    positions: Mapping[str, Sequence[int | tuple[int, int]]] | None = None
+    positions: Mapping[Any, Sequence[int | tuple[int, int]]] | None = None
     names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +69,13 @@ class Pairs:
             return {pos: (column, column) for pos, column in same.items()}
         return {label: self._columns(label, places) for label, places in self.positions.items()}
 
+    def only(self, pos: str | int) -> Pairs:
+        """The same pairs with one of their positions. Raises ShapeError when there is no such position."""
+        if pos not in self.columns():
+            raise ShapeError(f"pos: expected one of {', '.join(map(str, self.columns()))}, got {pos!r}.")
+        places = [pos] * self.n_pairs if self.positions is None else self.positions[pos]
+        return replace(self, positions={pos: places})
+
     def _columns(self, label: str, places: Sequence[int | tuple[int, int]]) -> tuple[Tensor, Tensor]:
         both = torch.tensor([(p, p) if isinstance(p, int) else tuple(p) for p in places])  # [pair version]
         mask = self.attention_mask
@@ -90,19 +97,20 @@ class Runs:
     """The clean and the corrupt run, computed once, and the metric on either.
 
     The run that is patched is the target, the other the source. `resid` [layer pair pos d_model] is what enters each
-    layer of the target, then what leaves the last.
+    layer of the target, then what leaves the last. `source` and `target` are caches of the points asked for.
     """
 
-    def __init__(self, model: Llama, pairs: Pairs, metric: Metric, points: set[str], direction: str) -> None:
+    def __init__(
+        self, model: Llama, pairs: Pairs, metric: Metric, points: set[str], direction: str, both: bool = False
+    ) -> None:
         if direction not in DIRECTIONS:
             raise ShapeError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}.")
         for tokens in (pairs.clean, pairs.corrupt):
             check_tokens(tokens, model.cfg)
         self.model, self.pairs, self.metric, self.direction = model, pairs, metric, direction
         source, target = (pairs.clean, pairs.corrupt) if direction == "denoise" else (pairs.corrupt, pairs.clean)
-        kept = set() if not points else points | {"hook_resid_pre"}
-        self.source, source_end = self._run(source, kept)
-        self.target, target_end = self._run(target, {"hook_resid_pre"})
+        self.source, source_end = self._run(source, points)
+        self.target, target_end = self._run(target, {"hook_resid_pre", *(points if both else ())})
         self.resid = [self.target[f"blocks.{layer}.hook_resid_pre"] for layer in range(model.cfg.n_layers)]
         self.resid.append(target_end)
         scores = [self.score(end)[0] for end in (source_end, target_end)]
