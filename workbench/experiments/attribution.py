@@ -15,9 +15,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from workbench.errors import ConfigError, ShapeError
-from workbench.experiments.attribution_sites import KINDS, Pair, Site, patched_metric
+from workbench.errors import ConfigError
+from workbench.experiments.attribution_sites import KINDS, Pair, Site, Versions, aligned, named, patched_metric
 from workbench.experiments.metrics import Metric, metric_name, score_rows
+from workbench.experiments.pairs import Pairs
 from workbench.experiments.result import Result
 from workbench.hooks import ActivationCache, HookPoint
 from workbench.models import Llama
@@ -28,18 +29,16 @@ SITE_COLUMNS = ("kind", "layer", "pos", "head", "expert", "neuron")
 
 def attribution_patching(
     model: Llama,
-    clean: Tensor,
-    corrupt: Tensor,
+    pairs: Pairs,
     metric: Metric,
     *,
     kinds: Sequence[str] = ("node", "head", "expert"),
-    attention_mask: Tensor | None = None,
     exact_sample: int = 24,
     seed: int = 0,
 ) -> Result:
     """Estimated effect on `metric` of putting each site's clean activation into the corrupt run (denoising).
 
-    `clean` and `corrupt` are tokens [pair pos] of equal shape, `metric` gives one number per pair. Kinds of site:
+    The pairs must be aligned column by column; `metric` gives one number per pair. Kinds of site:
       node    attention output and MLP output (or expert mixture) by layer and pos; rows say "attn" or "mlp" as kind
       head    one head's z by layer and pos
       neuron  one neuron, all positions at once; inside experts its weighted activation, 0 where the expert did not run
@@ -52,16 +51,16 @@ def attribution_patching(
     sampled sites (means over pairs): half of them those with the largest estimates, half drawn from the rest. Pass
     `exact_sample=0` for none. Raises ConfigError for an unknown kind or one the model has no site of.
     """
-    _check(model, clean, corrupt, kinds)
-    pair = _both_runs(model, clean, corrupt, metric, kinds, attention_mask)
+    _check(model, kinds)
+    pair = _both_runs(model, aligned(pairs), metric, kinds)
     frames = []
     for kind in kinds:
         estimates = pl.concat(list(_estimates(model, pair, kind)))
         frames.append(_with_exact(model, pair, estimates, exact_sample, seed))
-    frame = pl.concat(frames)
+    frame = named(pl.concat(frames), pairs)
     settings = {
         "experiment": "attribution_patching", "model": model.source, "metric": metric_name(metric),
-        "kinds": list(kinds), "n_pairs": len(clean), "exact_sample": exact_sample, "seed": seed,
+        "kinds": list(kinds), "pairs": pairs.describe(), "exact_sample": exact_sample, "seed": seed,
         "agreement": agreement(frame),
     }  # fmt: skip
     return Result(frame, settings)
@@ -84,7 +83,7 @@ def agreement(frame: pl.DataFrame) -> dict[str, dict[str, float | int | None]]:
     return found
 
 
-def _check(model: Llama, clean: Tensor, corrupt: Tensor, kinds: Sequence[str]) -> None:
+def _check(model: Llama, kinds: Sequence[str]) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"kinds: expected some of {', '.join(KINDS)}, got {kind!r}.")
@@ -92,17 +91,11 @@ def _check(model: Llama, clean: Tensor, corrupt: Tensor, kinds: Sequence[str]) -
             raise ConfigError(
                 f"kinds: expected a model with experts for {kind!r}, got a dense one. Use node or neuron."
             )
-    if clean.shape != corrupt.shape:
-        raise ShapeError(
-            f"clean, corrupt: expected tokens of one shape [pair pos], got {tuple(clean.shape)} and "
-            f"{tuple(corrupt.shape)}. Align them first."
-        )
 
 
-def _both_runs(
-    model: Llama, clean: Tensor, corrupt: Tensor, metric: Metric, kinds: Sequence[str], mask: Tensor | None
-) -> Pair:
+def _both_runs(model: Llama, versions: Versions, metric: Metric, kinds: Sequence[str]) -> Pair:
     """Activations of both runs and the corrupt run's gradients at every point that the kinds need."""
+    clean, corrupt, mask = versions
     names = sorted(
         {name for kind in kinds for layer in range(model.cfg.n_layers) for name in _points(model, kind, layer)}
     )

@@ -5,15 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import polars as pl
 import torch
 from torch import Tensor
 
+from workbench.errors import ShapeError
 from workbench.experiments.metrics import Metric, score_rows
+from workbench.experiments.pairs import Pairs
 from workbench.hooks import ActivationCache, HookPoint
 from workbench.models import Llama
 from workbench.models.moe import Moe
 
+Versions = tuple[Tensor, Tensor, "Tensor | None"]  # clean and corrupt tokens [pair pos], their mask
 KINDS = ("node", "head", "neuron", "expert", "router")
+
+
+def aligned(pairs: Pairs) -> Versions:
+    """The two versions and their mask. Raises ShapeError when named positions tie different columns together."""
+    if pairs.positions and any(not torch.equal(clean, corrupt) for clean, corrupt in pairs.columns().values()):
+        raise ShapeError(
+            "pairs: expected versions aligned column by column, got named positions in different columns. "
+            "Use patch, which moves activations between them."
+        )
+    return pairs.clean, pairs.corrupt, pairs.attention_mask
+
+
+def named(frame: pl.DataFrame, pairs: Pairs) -> pl.DataFrame:
+    """The frame with the names of the pairs in place of their numbers."""
+    names = dict(enumerate(pairs.unit_names()))
+    return frame.with_columns(pl.col("pair").replace_strict(names, return_dtype=pl.String))
 
 
 @dataclass(frozen=True)

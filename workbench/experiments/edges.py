@@ -12,7 +12,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from workbench.errors import ConfigError, ShapeError
+from workbench.errors import ConfigError
+from workbench.experiments.attribution_sites import Versions, aligned, named
 from workbench.experiments.edge_nodes import (
     RECEIVERS,
     SENDERS,
@@ -28,6 +29,7 @@ from workbench.experiments.edge_nodes import (
     written,
 )
 from workbench.experiments.metrics import Metric, metric_name, recovered, score_rows
+from workbench.experiments.pairs import Pairs
 from workbench.experiments.result import Result
 from workbench.hooks import ActivationCache, HookPoint
 from workbench.models import Llama
@@ -38,13 +40,11 @@ Path = Sequence["str | Node"]
 
 def edge_attribution(
     model: Llama,
-    clean: Tensor,
-    corrupt: Tensor,
+    pairs: Pairs,
     metric: Metric,
     *,
     from_: Sequence[str] = ("embed", "head", "mlp"),
     to: Sequence[str] = ("q", "k", "v", "mlp", "logits"),
-    attention_mask: Tensor | None = None,
     exact_sample: int = 0,
     seed: int = 0,
 ) -> Result:
@@ -57,11 +57,10 @@ def edge_attribution(
     "k 3.0", "mlp 2"), value, and `exact`, the effect by path patching, for `exact_sample` edges (the half with the
     largest estimates and as many others at random), else null. `settings["agreement"]` has their correlation.
     """
-    _check(clean, corrupt, from_, to)
+    _check(from_, to)
+    _, corrupt, mask = versions = aligned(pairs)
     froms, tos = senders(model, tuple(from_)), receivers(model, tuple(to))
-    clean_cache, corrupt_cache, gradients, base = _both_runs(
-        model, clean, corrupt, metric, tos, "expert" in from_, attention_mask
-    )
+    clean_cache, corrupt_cache, gradients, base = _both_runs(model, versions, metric, tos, "expert" in from_)
     deltas = [written(model, clean_cache, node) - written(model, corrupt_cache, node) for node in froms]
     rows = []
     for receiver in tos:
@@ -72,25 +71,22 @@ def edge_attribution(
                 rows += [(pair, str(sender), str(receiver), value) for pair, value in enumerate(values)]
     frame = pl.DataFrame(rows, schema=["pair", "sender", "receiver", "value"], orient="row")
     measured = _sample(frame, exact_sample, seed)
-    exact = _measure_edges(model, corrupt, metric, attention_mask, measured, clean_cache, corrupt_cache, base)
+    exact = _measure_edges(model, corrupt, metric, mask, measured, clean_cache, corrupt_cache, base)
     frame = frame.join(exact, on=["pair", "sender", "receiver"], how="left", maintain_order="left")
     settings = {
         "experiment": "edge_attribution", "model": model.source, "metric": metric_name(metric), "from": list(from_),
-        "to": list(to), "n_pairs": len(clean), "exact_sample": exact_sample, "seed": seed,
+        "to": list(to), "pairs": pairs.describe(), "exact_sample": exact_sample, "seed": seed,
         "agreement": _agreement(frame),
     }  # fmt: skip
-    return Result(frame, settings)
+    return Result(named(frame, pairs), settings)
 
 
 @torch.no_grad()
 def path_patching(
     model: Llama,
-    clean: Tensor,
-    corrupt: Tensor,
+    pairs: Pairs,
     metric: Metric,
     paths: Sequence[Path],
-    *,
-    attention_mask: Tensor | None = None,
 ) -> Result:
     """Exact effect of a sender's clean output carried along one path only, everything else as in the corrupt run.
 
@@ -101,15 +97,15 @@ def path_patching(
     pair, path, `value` (metric), `effect` (change from the corrupt run), `recovered` (0 corrupt, 1 clean).
     Raises ConfigError for a node that is unknown, in the wrong role, or not after the one before it.
     """
-    _check(clean, corrupt, (), ())
+    clean, corrupt, mask = aligned(pairs)
     routes = [_route(model, path) for path in paths]
     names = needed(model, with_experts=any(route[0].kind == "expert" for route in routes))
-    clean_logits, clean_cache = model.run_with_cache(clean, attention_mask=attention_mask, names_filter=names)
-    corrupt_logits, corrupt_cache = model.run_with_cache(corrupt, attention_mask=attention_mask, names_filter=names)
+    clean_logits, clean_cache = model.run_with_cache(clean, attention_mask=mask, names_filter=names)
+    corrupt_logits, corrupt_cache = model.run_with_cache(corrupt, attention_mask=mask, names_filter=names)
     target, base = score_rows(metric, clean_logits), score_rows(metric, corrupt_logits)
     frames = []
     for route in routes:
-        values = _run_path(model, corrupt, metric, attention_mask, route, clean_cache, corrupt_cache)
+        values = _run_path(model, corrupt, metric, mask, route, clean_cache, corrupt_cache)
         columns = {"value": values, "effect": values - base, "recovered": recovered(values, base, target)}
         label = " -> ".join(map(str, route))
         frames.append(
@@ -121,17 +117,12 @@ def path_patching(
         "experiment": "path_patching",
         "model": model.source,
         "metric": metric_name(metric),
-        "n_pairs": len(clean),
+        "pairs": pairs.describe(),
     }
-    return Result(pl.concat(frames), settings)
+    return Result(named(pl.concat(frames), pairs), settings)
 
 
-def _check(clean: Tensor, corrupt: Tensor, from_: Sequence[str], to: Sequence[str]) -> None:
-    if clean.shape != corrupt.shape:
-        raise ShapeError(
-            f"clean, corrupt: expected tokens of one shape [pair pos], got {tuple(clean.shape)} and "
-            f"{tuple(corrupt.shape)}. Align them first."
-        )
+def _check(from_: Sequence[str], to: Sequence[str]) -> None:
     for name, kinds, known in (("from_", from_, SENDERS), ("to", to, RECEIVERS)):
         for kind in kinds:
             if kind not in known:
@@ -139,15 +130,10 @@ def _check(clean: Tensor, corrupt: Tensor, from_: Sequence[str], to: Sequence[st
 
 
 def _both_runs(
-    model: Llama,
-    clean: Tensor,
-    corrupt: Tensor,
-    metric: Metric,
-    tos: Sequence[Node],
-    experts: bool,
-    mask: Tensor | None,
+    model: Llama, versions: Versions, metric: Metric, tos: Sequence[Node], experts: bool
 ) -> tuple[ActivationCache, ActivationCache, dict[str, Tensor], Tensor]:
     """Both caches, and the metric of the corrupt run with its gradients where the receivers read."""
+    clean, corrupt, mask = versions
     names = needed(model, experts)
     with torch.no_grad():
         _, clean_cache = model.run_with_cache(clean, attention_mask=mask, names_filter=names)

@@ -54,7 +54,9 @@ def logit_lens(
         frames.append(_grid(values, places).with_columns(layer=pl.lit(layer, pl.Int64)))
     columns = ("pair", "layer", "pos", "logit", "log_probability", "rank", "top_id")
     frame = _without_padding(pl.concat(frames).select(columns).sort("pair", "layer", "pos"), attention_mask)
-    return Result(frame, {"experiment": "logit_lens", "model": model.source, "targets": wanted.tolist(), "pos": pos})
+    return Result(
+        _named(frame), {"experiment": "logit_lens", "model": model.source, "targets": wanted.tolist(), "pos": pos}
+    )
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def direct_logit_attribution(
         "experiment": "direct_logit_attribution", "model": model.source, "correct": ids[0], "wrong": ids[1],
         "pos": pos, "parts": parts, "total": _difference(logits[:, pos], tokens, correct, wrong).tolist(),
     }  # fmt: skip
-    return Result(pl.concat(frames).sort("pair", maintain_order=True), settings)
+    return Result(_named(pl.concat(frames).sort("pair", maintain_order=True)), settings)
 
 
 @torch.no_grad()
@@ -134,7 +136,7 @@ def expert_logit_lens(
     order = ["pair", "layer", "pos", "expert", "weight", "top_ids", "top_values", "bottom_ids", "bottom_values"]
     frame = pl.concat(frames).select(order).sort("pair", "layer", "pos", maintain_order=True)
     settings = {"experiment": "expert_logit_lens", "model": model.source, "pos": pos, "top": top}
-    return Result(_without_padding(frame, attention_mask), settings)
+    return Result(_named(_without_padding(frame, attention_mask)), settings)
 
 
 def per_row(ids: Ids, tokens: Tensor) -> Tensor:  # [batch]
@@ -256,3 +258,8 @@ def _without_padding(frame: pl.DataFrame, attention_mask: Tensor | None) -> pl.D
         return frame
     pair, pos = attention_mask.bool().nonzero(as_tuple=True)
     return frame.join(pl.DataFrame({"pair": pair.numpy(), "pos": pos.numpy()}), on=["pair", "pos"], how="semi")
+
+
+def _named(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows of tokens have no names; their numbers stand as text, as pairs are named in every other experiment."""
+    return frame.with_columns(pl.col("pair").cast(pl.String))

@@ -12,6 +12,7 @@ from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.attribution import SITE_COLUMNS, _both_runs, attribution_patching
 from workbench.experiments.attribution_sites import KINDS, Site, patched_metric
 from workbench.experiments.metrics import logit_difference
+from workbench.experiments.pairs import Pairs
 from workbench.hooks import ActivationCache
 from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
 
@@ -22,7 +23,7 @@ def mean_effects(result, column="value"):
 
 def planted_result(planted, kinds, **options):
     metric = logit_difference(planted.correct, planted.wrong)
-    return attribution_patching(planted.model, planted.clean, planted.corrupt, metric, kinds=kinds, **options)
+    return attribution_patching(planted.model, Pairs(planted.clean, planted.corrupt), metric, kinds=kinds, **options)
 
 
 def test_estimates_are_the_derivative_along_the_difference(model, tokens):
@@ -30,8 +31,8 @@ def test_estimates_are_the_derivative_along_the_difference(model, tokens):
     model, step = model.double(), 1e-3
     kinds = [kind for kind in KINDS if kind != "expert" and (model.cfg.is_moe or kind != "router")]
     metric = logit_difference(7, 9)
-    result = attribution_patching(model, tokens, tokens.flip(0), metric, kinds=kinds, exact_sample=0)
-    pair = _both_runs(model, tokens, tokens.flip(0), metric, kinds, None)
+    result = attribution_patching(model, Pairs(tokens, tokens.flip(0)), metric, kinds=kinds, exact_sample=0)
+    pair = _both_runs(model, (tokens, tokens.flip(0), None), metric, kinds)
     between = {
         name: pair.corrupt[name] + step * (value - pair.corrupt[name])
         if value.is_floating_point()
@@ -54,9 +55,11 @@ def test_expert_estimate_is_exact_where_nothing_follows_but_the_unembedding(moe,
     last = moe.cfg.n_layers - 1
     moe.ln_final.hook_scale.add_hook(lambda scale, hook: torch.ones_like(scale))
     for kind in ("expert", "neuron"):
-        result = attribution_patching(moe, tokens, tokens.flip(0), logit_difference(7, 9), kinds=[kind], exact_sample=0)
+        result = attribution_patching(
+            moe, Pairs(tokens, tokens.flip(0)), logit_difference(7, 9), kinds=[kind], exact_sample=0
+        )
         assert set(result.frame["layer"]) >= {0, last}
-        pair = _both_runs(moe, tokens, tokens.flip(0), logit_difference(7, 9), [kind], None)
+        pair = _both_runs(moe, (tokens, tokens.flip(0), None), logit_difference(7, 9), [kind])
         for row in mean_effects(result).filter(pl.col("layer") == last).gather_every(11).rows(named=True):
             value = row.pop("value")
             exact = (patched_metric(moe, pair, Site(**row)) - pair.value).mean()
@@ -107,11 +110,11 @@ def test_the_planted_neuron_is_found_in_both_architectures():
 def test_exact_column_equals_patching_by_hand(nano):
     clean = nano.to_tokens(["日本の首都は", "韓国の首都は"])
     corrupt, metric = clean.flip(0), logit_difference(700, 900)
-    result = attribution_patching(nano, clean, corrupt, metric, kinds=["head", "router"], exact_sample=6)
+    result = attribution_patching(nano, Pairs(clean, corrupt), metric, kinds=["head", "router"], exact_sample=6)
     with torch.no_grad():
         _, cache = nano.run_with_cache(clean)
         base = metric(nano(corrupt))
-        for row in result.frame.drop_nulls("exact").filter(pl.col("pair") == 1).rows(named=True):
+        for row in result.frame.drop_nulls("exact").filter(pl.col("pair") == "1").rows(named=True):
             leaf = "attn.hook_z" if row["kind"] == "head" else "mlp.hook_router_logits"
             name = f"blocks.{row['layer']}.{leaf}"
             unit = row["head"] if row["kind"] == "head" else row["expert"]
@@ -132,23 +135,24 @@ def test_estimates_agree_with_exact_patching_on_a_trained_model(nano):
     with torch.no_grad():
         answers = nano(clean)[:, -1].argmax(-1)
     metric = logit_difference(answers, answers.flip(0))
-    result = attribution_patching(nano, clean, clean.flip(0), metric, kinds=["node", "expert"], exact_sample=16)
+    result = attribution_patching(nano, Pairs(clean, clean.flip(0)), metric, kinds=["node", "expert"], exact_sample=16)
     assert result.settings["agreement"]["expert"]["pearson"] > 0.8
     assert result.settings["agreement"]["node"]["pearson"] > 0.8
 
 
 def test_weights_get_no_gradient_and_frozen_ones_do_not_matter(moe, tokens):
     metric = logit_difference(7, 9)
-    first = attribution_patching(moe, tokens, tokens.flip(0), metric, exact_sample=0).frame
+    first = attribution_patching(moe, Pairs(tokens, tokens.flip(0)), metric, exact_sample=0).frame
     assert all(parameter.grad is None for parameter in moe.parameters())
     moe.requires_grad_(False)
-    assert attribution_patching(moe, tokens, tokens.flip(0), metric, exact_sample=0).frame.equals(first)
+    assert attribution_patching(moe, Pairs(tokens, tokens.flip(0)), metric, exact_sample=0).frame.equals(first)
 
 
 def test_wrong_requests_are_refused(llama, tokens):
     with pytest.raises(ConfigError, match="kinds: expected some of"):
-        attribution_patching(llama, tokens, tokens, logit_difference(7, 9), kinds=["edge"])
+        attribution_patching(llama, Pairs(tokens, tokens), logit_difference(7, 9), kinds=["edge"])
     with pytest.raises(ConfigError, match="with experts"):
-        attribution_patching(llama, tokens, tokens, logit_difference(7, 9), kinds=["expert"])
-    with pytest.raises(ShapeError, match="Align them"):
-        attribution_patching(llama, tokens, tokens[:, :3], logit_difference(7, 9), kinds=["head"])
+        attribution_patching(llama, Pairs(tokens, tokens), logit_difference(7, 9), kinds=["expert"])
+    crossed = Pairs(tokens, tokens, positions={"subject": [(2, 3), (2, 2)]})
+    with pytest.raises(ShapeError, match="column by column"):
+        attribution_patching(llama, crossed, logit_difference(7, 9), kinds=["head"])

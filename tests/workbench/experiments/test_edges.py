@@ -10,6 +10,7 @@ from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.edge_nodes import Node, needed, written
 from workbench.experiments.edges import _run_path, edge_attribution, path_patching
 from workbench.experiments.metrics import logit_difference
+from workbench.experiments.pairs import Pairs
 from workbench.hooks import ActivationCache
 from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
 
@@ -25,7 +26,7 @@ def mean_effects(frame):
 def test_a_path_into_attention_equals_one_made_with_plain_torch_hooks(model, tokens, kind):
     """Grouped queries: three heads share a key-value head here."""
     corrupt, block = tokens.flip(0), model.blocks[2]
-    found = path_patching(model, tokens, corrupt, METRIC, [["head 0.4", f"{kind} 2.1"]]).frame
+    found = path_patching(model, Pairs(tokens, corrupt), METRIC, [["head 0.4", f"{kind} 2.1"]]).frame
     with torch.no_grad():
         caches = [model.run_with_cache(batch)[1] for batch in (tokens, corrupt)]
         z = caches[0]["z", 0] - caches[1]["z", 0]
@@ -54,7 +55,7 @@ def test_estimates_are_the_derivative_of_exact_paths(model, tokens, receivers):
     if not model.cfg.is_moe and "router" in receivers:
         receivers = ("k", "logits")
     model, corrupt, step = model.double(), tokens.flip(0), 1e-5
-    frame = edge_attribution(model, tokens, corrupt, METRIC, to=receivers).frame
+    frame = edge_attribution(model, Pairs(tokens, corrupt), METRIC, to=receivers).frame
     with torch.no_grad():
         clean_cache, corrupt_cache = (
             model.run_with_cache(batch, names_filter=needed(model, False))[1] for batch in (tokens, corrupt)
@@ -72,7 +73,7 @@ def test_estimates_are_the_derivative_of_exact_paths(model, tokens, receivers):
 def test_edges_into_one_receiver_sum_to_its_whole_reading(model, tokens):
     """All senders together are the residual stream, so their edges sum to its first-order effect there."""
     corrupt = tokens.flip(0)
-    frame = edge_attribution(model, tokens, corrupt, METRIC, to=("logits",)).frame
+    frame = edge_attribution(model, Pairs(tokens, corrupt), METRIC, to=("logits",)).frame
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     with torch.no_grad():
         clean_stream = model.run_with_cache(tokens, names_filter=last)[1][last]
@@ -89,8 +90,10 @@ def test_edges_into_one_receiver_sum_to_its_whole_reading(model, tokens):
 
 def test_router_and_experts_sum_to_the_mixture_and_experts_to_its_output(moe, tokens):
     corrupt = tokens.flip(0)
-    parts = edge_attribution(moe, tokens, corrupt, METRIC, to=("router", "experts")).frame
-    whole = edge_attribution(moe, tokens, corrupt, METRIC, to=("mlp",)).frame.filter(pl.col("receiver") != "mlp 1")
+    parts = edge_attribution(moe, Pairs(tokens, corrupt), METRIC, to=("router", "experts")).frame
+    whole = edge_attribution(moe, Pairs(tokens, corrupt), METRIC, to=("mlp",)).frame.filter(
+        pl.col("receiver") != "mlp 1"
+    )
     keys, layer = ["pair", "sender", "layer"], pl.col("receiver").str.split(" ").list.last()
     sums = parts.with_columns(layer=layer).group_by(keys).agg(pl.col("value").sum()).sort(keys)
     wanted = whole.with_columns(layer=layer).sort(keys)
@@ -105,7 +108,7 @@ def test_planted_edges_carry_the_effect_and_no_others_do():
     planted = writing_mlp("qwen3_moe")
     metric = logit_difference(planted.correct, planted.wrong)
     frame = edge_attribution(
-        planted.model, planted.clean, planted.corrupt, metric,
+        planted.model, Pairs(planted.clean, planted.corrupt), metric,
         from_=("embed", "head", "expert"), to=("q", "k", "v", "router", "experts", "logits"), exact_sample=16,
     ).frame  # fmt: skip
     head, expert = f"head {planted.head_layer}.{planted.head}", f"expert {planted.writer_layer}.{planted.experts[0]}"
@@ -131,7 +134,9 @@ def test_a_deciding_route_goes_through_the_router_and_not_through_the_experts_in
         f"mlp {planted.writer_layer}",
         "logits",
     ]
-    frame = path_patching(planted.model, planted.clean, planted.corrupt, metric, [[head, end] for end in ends]).frame
+    frame = path_patching(
+        planted.model, Pairs(planted.clean, planted.corrupt), metric, [[head, end] for end in ends]
+    ).frame
     recovered = frame.group_by("path", maintain_order=True).agg(pl.col("recovered").mean())["recovered"].to_list()
     assert recovered == pytest.approx([1, 0, 1, 0], abs=0.02)
 
@@ -144,7 +149,7 @@ def test_longer_paths_pass_the_change_on(architecture):
     key = f"k {planted.head_layer}.{planted.kv_head}"
     other = f"v {planted.head_layer}.{1 - planted.kv_head}"
     paths = [["embed", value, "logits"], ["embed", value], ["embed", key, "logits"], ["embed", other, "logits"]]
-    frame = path_patching(planted.model, planted.clean, planted.corrupt, metric, paths).frame
+    frame = path_patching(planted.model, Pairs(planted.clean, planted.corrupt), metric, paths).frame
     recovered = frame.group_by("path", maintain_order=True).agg(pl.col("recovered").mean())["recovered"].to_list()
     assert recovered == pytest.approx([1, 1, 0, 0], abs=0.05)
 
@@ -152,10 +157,12 @@ def test_longer_paths_pass_the_change_on(architecture):
 def test_sampled_exact_effects_are_those_of_path_patching(nano):
     clean = nano.to_tokens(["日本の首都は", "韓国の首都は"])
     corrupt = clean.flip(0)
-    result = edge_attribution(nano, clean, corrupt, logit_difference(700, 900), exact_sample=8)
-    sampled = result.frame.drop_nulls("exact").filter(pl.col("pair") == 0)
+    result = edge_attribution(nano, Pairs(clean, corrupt), logit_difference(700, 900), exact_sample=8)
+    sampled = result.frame.drop_nulls("exact").filter(pl.col("pair") == "0")
     paths = sampled.select("sender", "receiver").rows()
-    measured = path_patching(nano, clean, corrupt, logit_difference(700, 900), paths).frame.filter(pl.col("pair") == 0)
+    measured = path_patching(nano, Pairs(clean, corrupt), logit_difference(700, 900), paths).frame.filter(
+        pl.col("pair") == "0"
+    )
     torch.testing.assert_close(sampled["exact"].to_torch(), measured["effect"].to_torch(), atol=1e-5, rtol=1e-5)
     assert result.settings["agreement"]["n_edges"] == 8
     assert result.settings["agreement"]["pearson"] > 0.5
@@ -169,7 +176,7 @@ def test_a_text_that_is_no_node_is_refused(text):
 
 def test_wrong_paths_are_refused(llama, tokens):
     def run(path):
-        return path_patching(llama, tokens, tokens, METRIC, [path])
+        return path_patching(llama, Pairs(tokens, tokens), METRIC, [path])
 
     with pytest.raises(ConfigError, match="act after"):
         run(["head 2.1", "q 1.0"])
@@ -180,6 +187,7 @@ def test_wrong_paths_are_refused(llama, tokens):
     with pytest.raises(ConfigError, match="at least one receiver"):
         run(["head 0.0"])
     with pytest.raises(ConfigError, match="to: expected"):
-        edge_attribution(llama, tokens, tokens, METRIC, to=("neuron",))
-    with pytest.raises(ShapeError, match="Align them"):
-        path_patching(llama, tokens, tokens[:, :2], METRIC, [["embed", "logits"]])
+        edge_attribution(llama, Pairs(tokens, tokens), METRIC, to=("neuron",))
+    crossed = Pairs(tokens, tokens, positions={"subject": [(2, 3), (2, 2)]})
+    with pytest.raises(ShapeError, match="column by column"):
+        path_patching(llama, crossed, METRIC, [["embed", "logits"]])

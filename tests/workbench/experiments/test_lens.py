@@ -72,7 +72,7 @@ def test_the_planted_writer_says_the_answer_and_its_neighbours_do_not():
 def test_the_planted_neuron_and_head_are_found():
     dense = writing_mlp("llama")
     frame = direct_logit_attribution(dense.model, dense.clean, dense.correct, dense.wrong, parts="neuron").frame
-    best = frame.filter(pl.col("pair") == 0).sort("value").row(-1, named=True)
+    best = frame.filter(pl.col("pair") == "0").sort("value").row(-1, named=True)
     assert (best["component"], best["layer"], best["neuron"]) == ("neuron", dense.writer_layer, dense.neuron)
     for architecture in ("llama", "qwen3_moe"):
         planted = copying_head(architecture)
@@ -118,17 +118,15 @@ def test_expert_lens_tells_which_expert_speaks_for_which_answer():
         assert chosen["top_ids"].list.first().unique().to_list() == [answer]
 
 
-def test_expert_lens_adds_up_to_what_the_layer_writes(nano):
-    tokens = torch.randint(300, 2800, (1, 5), generator=torch.Generator().manual_seed(4))
-    lens = expert_logit_lens(nano, tokens, top=nano.cfg.d_vocab).frame
+def test_expert_lens_adds_up_to_what_the_layers_write(moe, tokens):
+    lens = expert_logit_lens(moe, tokens[:1], top=moe.cfg.d_vocab).frame
     exploded = lens.explode("top_ids", "top_values").group_by("top_ids").agg(pl.col("top_values").sum()).sort("top_ids")
     with torch.no_grad():
-        _, cache = nano.run_with_cache(tokens)
-        written = sum(cache["mlp_out", layer][0, -1] for layer in range(nano.cfg.n_layers))
-        expected = nano.unembed(written / cache["ln_final.hook_scale"][0, -1] * nano.ln_final.weight)
-    torch.testing.assert_close(
-        exploded["top_values"].to_torch().float(), expected - expected.mean(), atol=2e-4, rtol=1e-3
-    )
+        _, cache = moe.run_with_cache(tokens[:1])
+        written = cache["mlp_out", 0][0, -1] + cache["mlp_out", 2][0, -1]  # layer 1 is dense
+        expected = moe.unembed(written / cache["ln_final.hook_scale"][0, -1] * moe.ln_final.weight)
+    found = exploded["top_values"].to_torch().float()
+    torch.testing.assert_close(found, expected - expected.mean(), atol=1e-5, rtol=1e-4)
 
 
 def test_wrong_requests_are_refused(nano, nano_dense):

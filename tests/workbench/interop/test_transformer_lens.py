@@ -18,6 +18,7 @@ from workbench.experiments.attribution import attribution_patching
 from workbench.experiments.edges import path_patching
 from workbench.experiments.lens import direct_logit_attribution
 from workbench.experiments.metrics import logit_difference
+from workbench.experiments.pairs import Pairs
 from workbench.interop.transformer_lens import as_bridge
 
 
@@ -159,14 +160,14 @@ def test_our_own_experiments_give_the_numbers_of_these_tools(bridged):
     assert attributed == pytest.approx([by_name[names[label]] for label in labels], abs=1e-4)
 
     edges = [(f"head {3}.{1}", f"q {layer}.{head}") for layer in (4, 5) for head in range(4)]
-    values = path_patching(model, clean, corrupt, metric, edges).frame["value"].to_list()
+    values = path_patching(model, Pairs(clean, corrupt), metric, edges).frame["value"].to_list()
     assert values == pytest.approx(paths[4:].flatten().tolist(), abs=1e-4)
 
     nodes = dict(analysis.attribution_patch(bridge, clean, corrupt, lambda x: metric(x)[0]).top_nodes(10_000))
     theirs = {
         (node.layer, node.position, node.head): value for node, value in nodes.items() if node.kind == "attn_head_out"
     }
-    heads = attribution_patching(model, clean, corrupt, metric, kinds=["head"], exact_sample=0).frame
+    heads = attribution_patching(model, Pairs(clean, corrupt), metric, kinds=["head"], exact_sample=0).frame
     assert len(heads) == len(theirs)
     for row in heads.rows(named=True):
         assert row["value"] == pytest.approx(theirs[row["layer"], row["pos"], row["head"]], abs=1e-3)
