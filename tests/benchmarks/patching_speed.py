@@ -27,8 +27,8 @@ from workbench.experiments.pairs import Pairs
 from workbench.experiments.patching import patch
 from workbench.models import Llama
 
-COUNTRIES = ("Japan", "France", "Germany", "Italy", "Spain", "Egypt", "Korea", "Canada")
-TEMPLATES = ("The capital of {} is", "People often ask us for the name of the capital of {}. The capital of {} is")
+COUNTRIES = ("Japan", "France", "Germany", "Italy")
+TEMPLATES = ("The capital of {} is", "What is the capital of {}? The capital of {} is")
 
 
 def main() -> None:
