@@ -10,7 +10,7 @@ from workbench.errors import ConfigError, HookError
 
 pytest.importorskip("transformer_lens", reason="the transformer_lens extra is not installed")
 
-from transformer_lens import ActivationCache, patching
+from transformer_lens import patching
 from transformer_lens.model_protocol import TransformerLensModel, TransformerLensModelWithWeights
 from transformer_lens.tools import analysis
 
@@ -19,6 +19,7 @@ from workbench.experiments.edges import path_patching
 from workbench.experiments.lens import direct_logit_attribution
 from workbench.experiments.metrics import logit_difference
 from workbench.experiments.pairs import Pairs
+from workbench.experiments.patching import patch
 from workbench.interop.transformer_lens import as_bridge
 
 
@@ -46,26 +47,37 @@ def test_the_models_satisfy_the_structural_protocols(bridged):
     assert torch.equal(bridge.to_tokens("日本"), model.to_tokens("日本"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_act_patches_equal_patching_by_hand(bridged):
-    model, bridge, clean, corrupt, metric = bridged
-    _, cache = bridge.run_with_cache(clean)
-    assert isinstance(cache, ActivationCache)
+def test_every_act_patch_equals_patching_by_hand(model, tokens):
+    """Three layers, six heads on two key-value heads; every sweep of `patching` but the path ones."""
+    bridge, metric = as_bridge(model), logit_difference(7, 9)
+    corrupt = tokens.flip(0)
+    _, cache = bridge.run_with_cache(tokens)
 
     def scalar(logits):
         return metric(logits)[0]
 
     blocks = patching.get_act_patch_block_every(bridge, corrupt, cache, scalar)  # [type layer pos]
+    mid = patching.get_act_patch_resid_mid(bridge, corrupt, cache, scalar)  # [layer pos]
     heads = patching.get_act_patch_attn_head_all_pos_every(bridge, corrupt, cache, scalar)  # [type layer head]
-    for layer in (0, 3, 5):
-        for number, leaf in enumerate(("hook_resid_pre", "hook_attn_out", "hook_mlp_out")):
+    by_pos = patching.get_act_patch_attn_head_out_by_pos(bridge, corrupt, cache, scalar)  # [layer pos head]
+    everything = slice(None)
+    for layer in range(3):
+        cells = [(f"hook_{leaf}", (everything, 4), blocks[n, layer, 4])
+                 for n, leaf in enumerate(("resid_pre", "attn_out", "mlp_out"))]  # fmt: skip
+        cells += [
+            (f"attn.hook_{leaf}", (everything, everything, 1), heads[n, layer, 1]) for n, leaf in enumerate("zqkv")
+        ]
+        cells += [
+            ("hook_resid_mid", (everything, 6), mid[layer, 6]),
+            ("attn.hook_pattern", (everything, 5), heads[4, layer, 5]),
+            ("attn.hook_z", (everything, 6, 2), by_pos[layer, 6, 2]),
+        ]
+        for leaf, place, found in cells:
             name = f"blocks.{layer}.{leaf}"
-            expected = patched_by_hand(model, corrupt, cache[name], name, (slice(None), 3), metric)
-            torch.testing.assert_close(blocks[number, layer, 3], expected, atol=1e-5, rtol=1e-5)
-        for number, leaf in enumerate(("z", "q", "k", "v")):
-            name, place = f"blocks.{layer}.attn.hook_{leaf}", (slice(None), slice(None), 1)
             expected = patched_by_hand(model, corrupt, cache[name], name, place, metric)
-            torch.testing.assert_close(heads[number, layer, 1], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -140,7 +152,7 @@ def test_node_attribution_equals_gradient_times_difference(bridged):
 
 
 def test_our_own_experiments_give_the_numbers_of_these_tools(bridged):
-    """Direct logit attribution, node attribution and a path into queries: two implementations, one answer."""
+    """Patching, direct logit attribution, node attribution, a path into queries: two implementations, one answer."""
     model, bridge, clean, corrupt, _ = bridged
     metric = logit_difference(700, 900)
     with torch.no_grad():
@@ -151,6 +163,14 @@ def test_our_own_experiments_give_the_numbers_of_these_tools(bridged):
         paths = patching.get_act_patch_direct_path(
             bridge, corrupt, cache, corrupt_cache, lambda x: metric(x)[0], 3, 1, "q", verbose=False
         )
+        by_layer_and_pos = patching.get_act_patch_resid_pre(bridge, corrupt, cache, lambda x: metric(x)[0])
+        by_head = patching.get_act_patch_attn_head_v_all_pos(bridge, corrupt, cache, lambda x: metric(x)[0])
+    pairs = Pairs(clean, corrupt)
+    own = patch(model, pairs, metric, "resid_pre", progress=False).frame.sort("layer", "pos")["value"].to_list()
+    assert own == pytest.approx(by_layer_and_pos.flatten().tolist(), abs=1e-4)
+    own = patch(model, pairs, metric, "v", all_positions=True, progress=False).frame.sort("layer", "head")["value"]
+    assert own.to_list() == pytest.approx(by_head.flatten().tolist(), abs=1e-4)
+
     ours = direct_logit_attribution(model, clean, 700, 900, parts="component").frame
     names = {"embed": "embed", **{f"{i}_{part}_out": f"{part} {i}" for i in range(6) for part in ("attn", "mlp")}}
     by_name = {
@@ -160,14 +180,14 @@ def test_our_own_experiments_give_the_numbers_of_these_tools(bridged):
     assert attributed == pytest.approx([by_name[names[label]] for label in labels], abs=1e-4)
 
     edges = [(f"head {3}.{1}", f"q {layer}.{head}") for layer in (4, 5) for head in range(4)]
-    values = path_patching(model, Pairs(clean, corrupt), metric, edges).frame["value"].to_list()
+    values = path_patching(model, pairs, metric, edges).frame["value"].to_list()
     assert values == pytest.approx(paths[4:].flatten().tolist(), abs=1e-4)
 
     nodes = dict(analysis.attribution_patch(bridge, clean, corrupt, lambda x: metric(x)[0]).top_nodes(10_000))
     theirs = {
         (node.layer, node.position, node.head): value for node, value in nodes.items() if node.kind == "attn_head_out"
     }
-    heads = attribution_patching(model, Pairs(clean, corrupt), metric, kinds=["head"], exact_sample=0).frame
+    heads = attribution_patching(model, pairs, metric, kinds=["head"], exact_sample=0).frame
     assert len(heads) == len(theirs)
     for row in heads.rows(named=True):
         assert row["value"] == pytest.approx(theirs[row["layer"], row["pos"], row["head"]], abs=1e-3)
