@@ -13,6 +13,7 @@ Clean and corrupt differ by the sign of one axis alone, so that all norms stay e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,11 +88,12 @@ def _mechanism(architecture: str, writer: str, n_pairs: int, seed: int) -> Mecha
     with torch.no_grad():
         _background(model, generator)
         _embeddings(model, COPIED if writer == "head" else ANSWER, generator)
-        _head(model.blocks[HEAD_LAYER].attn)
+        blocks: Any = model.blocks
+        _head(blocks[HEAD_LAYER].attn)
         if writer == "mlp":
-            (_writing_expert if sparse else _writing_neuron)(model.blocks[WRITER_LAYER].mlp)
+            (_writing_expert if sparse else _writing_neuron)(blocks[WRITER_LAYER].mlp)
         if writer == "route":
-            _deciding_router(model.blocks[WRITER_LAYER].mlp)
+            _deciding_router(blocks[WRITER_LAYER].mlp)
     clean, corrupt, subject_pos = _prompts(n_pairs, generator)
     experts = {"mlp": (EXPERT,), "route": (EXPERT, EXPERT_B)}.get(writer, ()) if sparse else ()
     return Mechanism(
@@ -103,7 +105,7 @@ def _mechanism(architecture: str, writer: str, n_pairs: int, seed: int) -> Mecha
 
 def _config(sparse: bool) -> LlamaConfig | Qwen3MoeConfig:
     sizes = {"d_model": D_MODEL, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_head": D_HEAD, "d_mlp": 16}
-    common = {**sizes, "d_vocab": D_VOCAB, "n_ctx": 32, "norm_eps": 1e-6, "rope": RopeConfig(theta=1e9)}
+    common: dict[str, Any] = {**sizes, "d_vocab": D_VOCAB, "n_ctx": 32, "norm_eps": 1e-6, "rope": RopeConfig(theta=1e9)}
     if not sparse:
         return LlamaConfig(**common)
     return Qwen3MoeConfig(**common, n_experts=8, k=2, d_expert=4, sparse_layers=(True,) * 4)
@@ -149,7 +151,7 @@ def _embeddings(model: Llama, read: int, generator: torch.Generator) -> None:
     model.unembed.weight[[A, B], read] = torch.tensor([2.0, -2.0])
 
 
-def _head(attn: torch.nn.Module) -> None:
+def _head(attn: Any) -> None:
     """The carrying head, and one that attends alike; it and the group mates write to axes that nobody reads."""
     q, k, v, o = (getattr(attn, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     for weight in (q, k, v, o):
@@ -165,14 +167,14 @@ def _head(attn: torch.nn.Module) -> None:
         attn.q_norm.weight.fill_(4.0)
 
 
-def _writing_neuron(mlp: torch.nn.Module) -> None:
+def _writing_neuron(mlp: Any) -> None:
     mlp.gate_proj.weight[NEURON], mlp.up_proj.weight[NEURON], mlp.down_proj.weight[:, NEURON] = 0, 0, 0
     mlp.gate_proj.weight[NEURON, CONST] = 1
     mlp.up_proj.weight[NEURON, COPIED] = 1
     mlp.down_proj.weight[ANSWER, NEURON] = 0.5
 
 
-def _expert(mlp: torch.nn.Module, expert: int, reads: int, gain: float) -> None:
+def _expert(mlp: Any, expert: int, reads: int, gain: float) -> None:
     """down(silu(const) * x[reads]) onto the answer axis, and nothing else."""
     d_expert = mlp.down.shape[-1]
     mlp.gate_up[expert], mlp.down[expert] = 0, 0
@@ -181,13 +183,13 @@ def _expert(mlp: torch.nn.Module, expert: int, reads: int, gain: float) -> None:
     mlp.down[expert, ANSWER, 0] = gain
 
 
-def _writing_expert(mlp: torch.nn.Module) -> None:
+def _writing_expert(mlp: Any) -> None:
     _expert(mlp, EXPERT, COPIED, 0.5)
     mlp.router.weight[EXPERT] = 0
     mlp.router.weight[EXPERT, ASKED] = 3
 
 
-def _deciding_router(mlp: torch.nn.Module) -> None:
+def _deciding_router(mlp: Any) -> None:
     """At the query one of the two experts comes first and the other last, by the sign that the head brought."""
     for expert, sign in ((EXPERT, 1.0), (EXPERT_B, -1.0)):
         _expert(mlp, expert, CONST, 0.5 * sign)
