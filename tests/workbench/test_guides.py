@@ -13,7 +13,7 @@ from workbench.cli import _parser
 from workbench.interventions import from_json
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-GUIDES = ("interventions.md", "patching.md")
+GUIDES = ("interventions.md", "patching.md", "attribution.md", "languages.md")
 
 
 def blocks(guide: str, language: str) -> list[str]:

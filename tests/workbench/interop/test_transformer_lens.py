@@ -11,6 +11,7 @@ from workbench.errors import ConfigError, HookError
 pytest.importorskip("transformer_lens", reason="the transformer_lens extra is not installed")
 
 from transformer_lens import patching
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel, TransformerLensModelWithWeights
 from transformer_lens.tools import analysis
 
@@ -191,6 +192,19 @@ def test_our_own_experiments_give_the_numbers_of_these_tools(bridged):
     assert len(heads) == len(theirs)
     for row in heads.rows(named=True):
         assert row["value"] == pytest.approx(theirs[row["layer"], row["pos"], row["head"]], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_their_own_bridge_on_the_same_checkpoint_gives_the_same_patches(nano):
+    theirs = TransformerBridge.boot_transformers(nano.source, device="cpu", dtype=torch.float32)
+    clean, corrupt = torch.arange(300, 305)[None], torch.arange(400, 405)[None]
+    with torch.no_grad():
+        for sweep in (patching.get_act_patch_resid_pre, patching.get_act_patch_attn_head_out_all_pos):
+            one, other = (
+                sweep(model, corrupt, model.run_with_cache(clean)[1], lambda x: x[0, -1, 700] - x[0, -1, 900])
+                for model in (theirs, as_bridge(nano))
+            )
+            torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-5)
 
 
 def test_what_does_not_fit_is_refused_by_name(nano):
