@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(arguments: argparse.Namespace) -> None:
     """Load, run, capture, report."""
+    from workbench.interventions import load_interventions
     from workbench.io.prompts import BUNDLED_PROMPTS, load_prompts
     from workbench.io.weights import load_model
     from workbench.study import run_study, write_report
@@ -47,6 +48,7 @@ def study(arguments: argparse.Namespace) -> None:
         efforts=arguments.efforts,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        interventions=load_interventions(arguments.intervention) if arguments.intervention else (),
     )
     out = arguments.out or Path("runs") / Path(arguments.model).name
     print(write_report(run_study(model, prompts, out, settings), arguments.seed))
@@ -90,6 +92,7 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 192 in a chat, 0 for plain text)")
     add("--batch-size", type=int, default=32, metavar="N", help="conversations per pass (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="use only N prompt groups, spread over the file")
+    add("--intervention", type=Path, metavar="FILE", help="JSON of interventions to run under (docs/interventions.md)")
     add("--template", choices=("harmony", "plain"), help="default: harmony if the model has a chat template")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on CPU, else as stored")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
