@@ -49,6 +49,9 @@ class Interventions:
 
         Nothing stays attached: outside the block the model computes what it did before, bit for bit.
         """
+        if not self.items:
+            yield
+            return
         batch = Batch(self.label, self.langs, self.n_prompt)
         lowered = _lower(self.items, batch, model)
         recorders = [_Recorder(point, fns) for point, fns in _needs_ids(lowered, model)]

@@ -99,7 +99,7 @@ class Batch:
 
     def _prompt_lengths(self, batch: int) -> Tensor:  # int64 [batch]
         if self.given_n_prompt is None:
-            return self.valid.sum(1)
+            return self.positions.masked_fill(~self.valid, -1).amax(1) + 1
         if len(self.given_n_prompt) != batch:
             raise InterventionError(f"n_prompt: expected one for each of {batch} rows, got {len(self.given_n_prompt)}.")
         return torch.tensor(list(self.given_n_prompt), device=self.valid.device)

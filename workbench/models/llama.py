@@ -107,7 +107,7 @@ class Llama(HookedModel):
         frame = self._frame(x, attention_mask, cache)
         for batch in self.batches:
             given = tokens if start_at_layer is None else None
-            continues = cache is not None and cache.n_seen > 0
+            continues = cache is not None and cache.n_seen > 0 and not isinstance(cache, Prefix)
             batch.begin(given, frame.positions.expand(x.shape[:2]), frame.valid, continues)
         if start_at_layer is None:
             x = self.hook_embed(x)

@@ -15,7 +15,9 @@ from workbench.errors import RunError, ShapeError
 from workbench.experiments.metrics import kl, logit_difference
 from workbench.experiments.pairs import Pairs
 from workbench.experiments.patching import COMPONENTS, patch
-from workbench.models import Llama
+from workbench.hooks import HookPoint
+from workbench.interventions import KnockOut, Where
+from workbench.models import Llama, Qwen3Moe
 from workbench.planted.mechanisms import Mechanism, copying_head, deciding_route, writing_mlp
 
 NANO = Path(__file__).resolve().parents[3] / "data" / "nano"
@@ -174,6 +176,26 @@ def test_named_positions_align_prompts_of_several_lengths(nano: Llama) -> None:
         alone = patch(nano, one, logit_difference(400, 500), parts, layers=[1, 4], progress=False).frame
         mine = together.filter(pl.col("pair") == str(number))
         assert mine["value"].to_list() == pytest.approx(alone["value"].to_list(), abs=2e-5)
+
+
+@torch.no_grad()
+def test_under_interventions_both_runs_and_every_patch_are_changed(moe: Qwen3Moe, tokens: Tensor) -> None:
+    gone = KnockOut(experts=(1, 4), mode="reroute", where=Where(positions=(-1, 2)))
+    pairs, metric = Pairs(tokens, tokens.flip(1)), logit_difference(40, 50)
+    with moe.intervene(gone):
+        frame = patch(moe, pairs, metric, ["resid_pre", "z"], layers=[0, 2], progress=False).frame
+    _, cache = moe.run_with_cache(pairs.clean, interventions=[gone])
+    for (component, layer, head, pos), rows in frame.group_by("component", "layer", "head", "pos"):
+        name = f"blocks.{layer}.{COMPONENTS[str(component)]}"
+
+        def put(x: Tensor, hook: HookPoint, pos: Any = pos, head: Any = head) -> Tensor:
+            x, new = x.clone(), cache[hook.name]
+            place = (slice(None), pos) if head is None else (slice(None), pos, head)
+            x[place] = new[place]
+            return x
+
+        logits = moe.run_with_hooks(pairs.corrupt, fwd_hooks=[(name, put)], interventions=[gone])
+        assert rows["value"].to_list() == pytest.approx(metric(logits).tolist(), abs=1e-5)
 
 
 def test_patching_all_positions_gives_the_other_run(nano: Llama) -> None:
