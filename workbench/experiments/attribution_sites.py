@@ -22,9 +22,10 @@ KINDS = ("node", "head", "neuron", "expert", "router")
 
 def aligned(pairs: Pairs) -> Versions:
     """The two versions and their mask. Raises ShapeError when named positions tie different columns together."""
-    if pairs.positions and any(not torch.equal(clean, corrupt) for clean, corrupt in pairs.columns().values()):
+    crossed = pairs.positions and any(not torch.equal(clean, corrupt) for clean, corrupt in pairs.columns().values())
+    if crossed or pairs.corrupt_mask is not None:
         raise ShapeError(
-            "pairs: expected versions aligned column by column, got named positions in different columns. "
+            "pairs: expected versions aligned column by column, got different columns. "
             "Use patch, which moves activations between them."
         )
     return pairs.clean, pairs.corrupt, pairs.attention_mask

@@ -26,9 +26,10 @@ _KEYS = ("attn.hook_rot_k", "attn.hook_v")  # what later positions read of the t
 class Pairs:
     """Prompts in two versions, [pair pos] token ids each, aligned position by position.
 
-    attention_mask: shared by both versions, padding on the left. positions: what to patch, each a label and for every
-    pair the position, or (position in clean, position in corrupt) where the versions are not aligned, as between
-    languages; counted over tokens, negative from the end. Without it every position is patched, which needs prompts of
+    attention_mask: of both versions, padding on the left; corrupt_mask: of the corrupt one where it differs, as between
+    languages, whose prompts differ in length. positions: what to patch, each a label and for every pair the position,
+    or (position in clean, position in corrupt) where the versions are not aligned, as `alignment.common_positions`
+    gives them; counted over tokens, negative from the end. Without it every position is patched, which needs prompts of
     one length. names: one per pair.
     """
 
@@ -37,6 +38,7 @@ class Pairs:
     attention_mask: Tensor | None = None
     positions: Mapping[Any, Sequence[int | tuple[int, int]]] | None = None
     names: Sequence[str] | None = None
+    corrupt_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.clean.shape != self.corrupt.shape or self.clean.ndim != 2:
@@ -44,8 +46,8 @@ class Pairs:
                 f"pairs: expected clean and corrupt tokens of one shape [pair pos], got {tuple(self.clean.shape)} and "
                 f"{tuple(self.corrupt.shape)}. Pad the shorter on the left and pass attention_mask."
             )
-        if self.attention_mask is not None:
-            valid = check_mask(self.attention_mask, (self.n_pairs, self.n_pos))
+        for mask in self.masks:
+            valid = torch.ones(1, 1).bool() if mask is None else check_mask(mask, (self.n_pairs, self.n_pos))
             if not bool(valid[:, -1].all()):
                 raise ShapeError("attention_mask: expected padding on the left, got a padded last position.")
             if self.positions is None and not bool(valid.all()):
@@ -55,6 +57,11 @@ class Pairs:
                 raise ShapeError(
                     f"position {label!r}: expected one for each of {self.n_pairs} pairs, got {len(places)}."
                 )
+
+    @property
+    def masks(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of the clean and of the corrupt version."""
+        return self.attention_mask, self.attention_mask if self.corrupt_mask is None else self.corrupt_mask
 
     @property
     def n_pairs(self) -> int:
@@ -80,10 +87,12 @@ class Pairs:
 
     def _columns(self, label: str, places: Sequence[int | tuple[int, int]]) -> tuple[Tensor, Tensor]:
         both = torch.tensor([(p, p) if isinstance(p, int) else tuple(p) for p in places])  # [pair version]
-        mask = self.attention_mask
-        n_pad = torch.zeros(self.n_pairs).long() if mask is None else self.n_pos - mask.cpu().long().sum(1)
-        columns = torch.where(both < 0, both + self.n_pos, both + n_pad[:, None])
-        if bool((columns < n_pad[:, None]).any()) or bool((columns >= self.n_pos).any()):
+        n_pad = torch.zeros_like(both)
+        for version, mask in enumerate(self.masks):
+            if mask is not None:
+                n_pad[:, version] = self.n_pos - mask.cpu().long().sum(1)
+        columns = torch.where(both < 0, both + self.n_pos, both + n_pad)
+        if bool((columns < n_pad).any()) or bool((columns >= self.n_pos).any()):
             raise ShapeError(f"position {label!r}: expected places inside the prompts, got {list(places)}.")
         return columns[:, 0], columns[:, 1]
 
@@ -91,7 +100,8 @@ class Pairs:
         return list(self.names) if self.names is not None else [str(pair) for pair in range(self.n_pairs)]
 
     def describe(self) -> dict[str, Any]:
-        data = torch.cat([self.clean, self.corrupt]).cpu().to(torch.int64).numpy().tobytes()
+        masks = [mask for mask in (self.attention_mask, self.corrupt_mask) if mask is not None]
+        data = torch.cat([part.cpu().long() for part in (self.clean, self.corrupt, *masks)]).numpy().tobytes()
         return {"n_pairs": self.n_pairs, "n_pos": self.n_pos, "tokens": hashlib.sha256(data).hexdigest()[:16]}
 
 
@@ -110,9 +120,11 @@ class Runs:
         for tokens in (pairs.clean, pairs.corrupt):
             check_tokens(tokens, model.cfg)
         self.model, self.pairs, self.metric, self.direction = model, pairs, metric, direction
-        source, target = (pairs.clean, pairs.corrupt) if direction == "denoise" else (pairs.corrupt, pairs.clean)
-        self.source, source_end = self._run(source, points)
-        self.target, target_end = self._run(target, {"hook_resid_pre", *_KEYS, *(points if both else ())})
+        versions = list(zip((pairs.clean, pairs.corrupt), pairs.masks, strict=True))
+        source, target = versions if direction == "denoise" else versions[::-1]
+        self.mask = target[1]  # of the run that is patched
+        self.source, source_end = self._run(*source, points)
+        self.target, target_end = self._run(*target, {"hook_resid_pre", *_KEYS, *(points if both else ())})
         self.resid = [self.target[f"blocks.{layer}.hook_resid_pre"] for layer in range(model.cfg.n_layers)]
         self.resid.append(target_end)
         scores = [self.score(end)[0] for end in (source_end, target_end)]
@@ -121,10 +133,10 @@ class Runs:
             which = [n for n, same in zip(pairs.unit_names(), self.clean == self.corrupt, strict=True) if same]
             raise ShapeError(f"metric: expected clean and corrupt to differ, got equal values for {', '.join(which)}.")
 
-    def _run(self, tokens: Tensor, points: set[str]) -> tuple[dict[str, Tensor], Tensor]:
+    def _run(self, tokens: Tensor, mask: Tensor | None, points: set[str]) -> tuple[dict[str, Tensor], Tensor]:
         names = [name for name in self.model.hook_dict if name.split(".", 2)[-1] in points]
         end, cache = self.model.run_with_cache(
-            tokens, attention_mask=self.pairs.attention_mask, names_filter=names, stop_at_layer=self.model.cfg.n_layers
+            tokens, attention_mask=mask, names_filter=names, stop_at_layer=self.model.cfg.n_layers
         )
         return cache, end
 
@@ -144,7 +156,7 @@ class Runs:
 
     def continue_from(self, layer: int, x: Tensor, first: int = 0, hooks: Sequence[tuple[str, Any]] = ()) -> Tensor:
         """Run x [(cell pair) pos d_model], columns `first` and later, from `layer` on; the metric [cell pair]."""
-        n_cells, mask = x.shape[0] // self.pairs.n_pairs, self.pairs.attention_mask
+        n_cells, mask = x.shape[0] // self.pairs.n_pairs, self.mask
         prefix = self._prefix(first, n_cells) if first else None
         end = self.model.run_with_hooks(
             x, attention_mask=None if mask is None else mask[:, first:].repeat(n_cells, 1), cache=prefix,
@@ -160,7 +172,7 @@ class Runs:
             ]
             for point in _KEYS
         )
-        mask = self.pairs.attention_mask
+        mask = self.mask
         valid = None if mask is None else mask[:, :first].bool().repeat(n_cells, 1).to(self.model.device)
         return Prefix(keys, values, valid)
 

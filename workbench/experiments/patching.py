@@ -74,6 +74,8 @@ def patch(
     metric does not tell clean from corrupt.
     """
     names = [components] if isinstance(components, str) else list(components)
+    if all_positions and pairs.corrupt_mask is not None:
+        raise ShapeError("all_positions: expected versions of one length, got masks that differ. Name positions.")
     columns = {ALL: None} if all_positions else pairs.columns()
     cells = list(_cells(model, names, layers, list(columns)))
     runs = Runs(model, pairs, metric, {COMPONENTS[name] for name in names}, direction)

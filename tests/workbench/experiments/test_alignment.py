@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import polars as pl
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.chat.render import render_tokens
 from workbench.errors import ShapeError
 from workbench.experiments.alignment import KINDS, align, common_positions
+from workbench.experiments.attribution import attribution_patching
+from workbench.experiments.metrics import logit_difference
+from workbench.experiments.pairs import Pairs
+from workbench.experiments.patching import patch
 from workbench.io.prompts import load_prompts, parallel_pairs
 
 
@@ -87,6 +92,41 @@ def test_a_prompt_aligns_with_itself_everywhere_but_in_plain_words(nano):
     alignment = align(ids, ids, nano.tokenizer)
     check(alignment)
     assert all(match.first == match.second for match in alignment.matches)
+
+
+def left_padded(rows, width):
+    tokens = torch.tensor([[4] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return tokens, mask
+
+
+@torch.no_grad()
+def test_an_english_subject_patched_into_a_japanese_prompt_moves_it_to_its_japanese_answer(nano):
+    """Prompts of different length and language, moved along the map: the subject carries, other places do not."""
+    encode = nano.tokenizer.to_tokens
+    rows = [("日本", "Japan"), ("フランス", "France"), ("イタリア", "Italy"), ("エジプト", "Egypt")]
+    others = rows[1:] + rows[:1]
+    english = [encode(f"The capital of {name} is", bos=True) for _, name in rows]
+    japanese = [encode(f"{name}の首都は", bos=True) for name, _ in others]
+    alignments = [
+        align(one, other, nano.tokenizer, given=[(clean, corrupt)])
+        for one, other, (_, clean), (corrupt, _) in zip(english, japanese, rows, others, strict=True)
+    ]
+    width = max(map(len, english + japanese)) + 1
+    (clean, clean_mask), (corrupt, corrupt_mask) = left_padded(english, width), left_padded(japanese, width)
+    theirs = nano(corrupt, corrupt_mask)[:, -1].argmax(-1)
+    pairs = Pairs(clean, corrupt, clean_mask, common_positions(alignments), corrupt_mask=corrupt_mask)
+    metric = logit_difference(theirs.roll(1), theirs)  # the Japanese name of the English prompt's capital
+    frame = patch(nano, pairs, metric, "resid_pre", layers=[1], progress=False).frame
+    unpatched = pl.Series(metric(nano(corrupt, corrupt_mask)).tolist())
+    gains = {label: part["value"].cast(pl.Float64) - unpatched for (label,), part in frame.group_by("pos")}
+    assert gains["given 0"].min() > 7  # logits, in every pair
+    assert gains["end plain 0"].mean() < 0.3 * gains["given 0"].mean()
+    assert gains["control 0"].abs().max() < 1e-3
+    with pytest.raises(ShapeError, match="column by column"):
+        attribution_patching(nano, pairs, metric)
+    with pytest.raises(ShapeError, match="all_positions"):
+        patch(nano, pairs, metric, all_positions=True)
 
 
 @settings(max_examples=40, deadline=None)
