@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(arguments: argparse.Namespace) -> None:
     """Load, run, capture, report."""
+    from workbench.interventions import load_interventions
     from workbench.io.hub import model_name
     from workbench.io.prompts import BUNDLED_PROMPTS, load_prompts
     from workbench.io.weights import load_model
@@ -48,6 +49,7 @@ def study(arguments: argparse.Namespace) -> None:
         efforts=arguments.efforts,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        interventions=load_interventions(arguments.intervention) if arguments.intervention else (),
     )
     out = arguments.out or Path("runs") / model_name(arguments.model)
     print(write_report(run_study(model, prompts, out, settings), arguments.seed))
@@ -91,6 +93,7 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 192 in a chat, 0 for plain text)")
     add("--batch-size", type=int, default=32, metavar="N", help="conversations per pass (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="use only N prompt groups, spread over the file")
+    add("--intervention", type=Path, metavar="FILE", help="JSON of interventions to run under (docs/interventions.md)")
     add("--template", choices=("harmony", "plain"), help="default: harmony if the model has a chat template")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on CPU, else as stored")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")

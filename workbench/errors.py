@@ -20,6 +20,10 @@ class HookError(WorkbenchError, ValueError):
     """A hook names no hook point, or does something its hook point cannot serve."""
 
 
+class InterventionError(WorkbenchError, ValueError):
+    """An intervention is not well formed, does not fit the model, or lacks what it needs to know where it acts."""
+
+
 class ShapeError(WorkbenchError, ValueError):
     """A tensor has the wrong shape, dtype or range."""
 

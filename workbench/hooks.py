@@ -36,10 +36,12 @@ class HookPoint(nn.Module):
         self.shape, self.dtype, self.cost, self.read_only = shape, dtype, cost, read_only
         self.fwd_hooks: list[HookFn] = []
         self.bwd_hooks: list[HookFn] = []
+        # asked at each pass, for frameworks that wrap `forward` and decide while the model runs whether to look
+        self.watchers: list[Callable[[], bool]] = []
 
     @property
     def listened(self) -> bool:
-        """Whether anything listens here: our hooks, or hooks registered through torch itself (nnsight does that)."""
+        """Whether anything listens here: our hooks, torch's own, or a watcher that wants this pass."""
         return bool(
             self.fwd_hooks
             or self.bwd_hooks
@@ -47,6 +49,7 @@ class HookPoint(nn.Module):
             or self._forward_pre_hooks
             or self._backward_hooks
             or self._backward_pre_hooks
+            or (self.watchers and any(wants() for wants in self.watchers))
         )
 
     def layer(self) -> int:

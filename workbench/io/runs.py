@@ -157,7 +157,7 @@ class RunWriter:
         """
         path = Path(path)
         _make_directory(path)
-        with _lock(path):  # before the manifest is read: another writer may be about to finish the run
+        with lock(path):  # before the manifest is read: another writer may be about to finish the run
             writer = cls(path, _begin(path, identity, about), n_parts)
             if not writer.complete:
                 writer._parts.mkdir(exist_ok=True)
@@ -222,7 +222,7 @@ def _make_directory(path: Path) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold a directory for writing; the system drops the lock of a killed process. Raises RunError if it is held."""
     with (path / ".lock").open("w") as file:
         try:

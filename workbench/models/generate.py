@@ -14,6 +14,7 @@ from workbench.errors import ShapeError
 from workbench.models.layers import check_mask, check_tokens
 
 if TYPE_CHECKING:
+    from workbench.interventions import Intervention, Interventions
     from workbench.models.llama import Llama
 
 
@@ -46,6 +47,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     pad_id: int = 4,
     seed: int | None = None,
+    interventions: Interventions | Sequence[Intervention] = (),
 ) -> Generation:
     """Continue each row until it writes a stop id or `max_new_tokens`.
 
@@ -54,6 +56,7 @@ def generate(
         temperature: 0 takes the most probable token; above 0 samples from softmax(logits / temperature).
         stop_ids: ids that end a row; by default the model's own, which are <|return|> and <|call|>.
         seed: makes sampling repeatable; drawn on the CPU, so that devices agree.
+        interventions: act on every pass, on the prompt and on what is written.
 
     Raises ShapeError when the prompt is padded on the right or does not leave room for a new token.
     """
@@ -62,23 +65,23 @@ def generate(
     stop_ids = list(model.stop_ids if stop_ids is None else _id_list(stop_ids))
     _check(model, tokens, mask, max_new_tokens, temperature)
     _check_ids(model, {"stop_ids": stop_ids, "pad_id": [pad_id]})
-    batch, n_prompt = tokens.shape
-    cache = model.new_cache(batch, n_prompt + max_new_tokens)
+    cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
     generator = None if seed is None else torch.Generator().manual_seed(_seed(seed))
     stops = torch.tensor(stop_ids, dtype=tokens.dtype)
-    running = torch.ones(batch, dtype=torch.bool)
     written, kept = [tokens.cpu()], [mask.cpu()]
-    logits = _last_logits(model, tokens, attention_mask, cache)
-    for step in range(max_new_tokens):
-        chosen = torch.where(running, _choose(logits, temperature, generator), pad_id)  # [batch]
-        written.append(chosen[:, None])
-        kept.append(running[:, None].to(mask.dtype))
-        running = running & ~torch.isin(chosen, stops)
-        if not running.any() or step + 1 == max_new_tokens:
-            break
-        # a row that has stopped still takes part, so that the batch keeps its shape, but as padding
-        logits = _last_logits(model, chosen[:, None], None if running.all() else running[:, None].long(), cache)
-    return Generation(torch.cat(written, dim=1), torch.cat(kept, dim=1), n_prompt)
+    running = torch.ones(tokens.shape[0], dtype=torch.bool)
+    with model.intervene(interventions):
+        logits = _last_logits(model, tokens, attention_mask, cache)
+        for step in range(max_new_tokens):
+            chosen = torch.where(running, _choose(logits, temperature, generator), pad_id)  # [batch]
+            written.append(chosen[:, None])
+            kept.append(running[:, None].to(mask.dtype))
+            running = running & ~torch.isin(chosen, stops)
+            if not running.any() or step + 1 == max_new_tokens:
+                break
+            # a row that has stopped still takes part, so that the batch keeps its shape, but as padding
+            logits = _last_logits(model, chosen[:, None], None if running.all() else running[:, None].long(), cache)
+    return Generation(torch.cat(written, dim=1), torch.cat(kept, dim=1), tokens.shape[1])
 
 
 def _last_logits(model: Llama, tokens: Tensor, mask: Tensor | None, cache: object) -> Tensor:  # float32 [batch d_vocab]

@@ -22,6 +22,7 @@ class Frame(NamedTuple):
     sin: Tensor
     mask: Tensor | None  # bool [batch 1 query_pos key_pos], True where a query may look; None: causal, nothing padded
     valid: Tensor | None  # bool [batch pos], False at padding; None: nothing padded
+    positions: Tensor  # int64 [batch pos], or [1 pos] without padding: the place of each token in its sequence
 
 
 class RMSNorm(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +12,11 @@ from torch import Tensor, nn
 from workbench.config import ModelConfig
 from workbench.errors import ConfigError, ShapeError
 from workbench.hooks import HookedModel, HookPoint
+from workbench.interventions.base import Intervention
+from workbench.interventions.session import Interventions, as_interventions
+from workbench.interventions.where import Batch
 from workbench.models.attention import ATTENTION_IMPLEMENTATIONS, Attention
-from workbench.models.cache import KVCache
+from workbench.models.cache import KVCache, Prefix
 from workbench.models.layers import (
     Frame,
     RMSNorm,
@@ -47,6 +52,7 @@ class Llama(HookedModel):
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         if cfg.tie_embeddings:
             self.unembed.weight = self.embed.weight
+        self.batches: list[Batch] = []  # of the interventions that are attached
         self.name_hook_points()
 
     def make_block(self, layer: int) -> Block:
@@ -73,34 +79,69 @@ class Llama(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         cache: KVCache | None = None,
+        interventions: Interventions | Sequence[Intervention] = (),
     ) -> Tensor:
         """Logits [batch pos d_vocab]; with `stop_at_layer` the residual stream that enters that layer.
 
         `start_at_layer` takes that residual stream instead of tokens: `model(model(t, stop_at_layer=3),
         start_at_layer=3)` equals `model(t)`. Positions are counted over the mask, so a padded prompt gives the same
-        values as an unpadded one. Raises ShapeError on tokens, masks or layers that do not fit.
+        values as an unpadded one. `interventions` act in this pass alone, before any hook looks; for several passes
+        use `intervene`. Raises ShapeError on tokens, masks or layers that do not fit, InterventionError likewise.
         """
+        if interventions:
+            with self.intervene(interventions):
+                return self(
+                    tokens, attention_mask, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer, cache=cache
+                )
         first, last = self._layer_range(start_at_layer, stop_at_layer)
         if start_at_layer is None:
             check_tokens(tokens, self.cfg)
-            x = self.hook_embed(self.embed(tokens.to(self.device)))  # [batch pos d_model]
+            x = self.embed(tokens.to(self.device))  # [batch pos d_model]
         else:
             x = self._residual(tokens)
-        if cache is not None and (last - first < self.cfg.n_layers or x.requires_grad):
+        partial = last - first < self.cfg.n_layers or x.requires_grad
+        if cache is not None and partial and not isinstance(cache, Prefix):
             raise ShapeError(
                 "cache: expected a run through all layers under torch.no_grad(), got a part of them or gradients. "
                 "Leave start_at_layer and stop_at_layer out, or the cache."
             )
         frame = self._frame(x, attention_mask, cache)
+        for batch in self.batches:
+            given = tokens if start_at_layer is None else None
+            continues = cache is not None and cache.n_seen > 0 and not isinstance(cache, Prefix)
+            batch.begin(given, frame.positions.expand(x.shape[:2]), frame.valid, continues)
+        if start_at_layer is None:
+            x = self.hook_embed(x)
         for block in self.blocks[first:last]:
             x = block(x, frame, cache)
         if cache is not None:
             cache.advance(x.shape[1])
         return x if stop_at_layer is not None else self.unembed(self.ln_final(x))
 
+    def to_tokens(self, text: str | Sequence[str], bos: bool = True) -> Tensor:  # [batch pos]
+        """Token ids of one text or several of equal length. Raises ShapeError when they differ in length."""
+        if self.tokenizer is None:
+            raise ConfigError("tokenizer: expected one, got a model without. Load a checkpoint that has it.")
+        rows = [self.tokenizer.to_tokens(one, bos=bos) for one in ([text] if isinstance(text, str) else text)]
+        if len({len(row) for row in rows}) != 1:
+            raise ShapeError(
+                f"texts: expected one or more of equal length, got {[len(row) for row in rows]} tokens. "
+                "Pad them and pass an attention_mask."
+            )
+        return torch.tensor(rows)
+
     def new_cache(self, batch: int, n_ctx: int) -> KVCache:
         """An empty cache for `n_ctx` positions of `batch` sequences, to pass as `cache=` to successive calls."""
         return KVCache(self.cfg, batch, n_ctx, self.dtype, self.device)
+
+    @contextmanager
+    def intervene(self, interventions: Interventions | Intervention | Sequence[Intervention]) -> Iterator[Llama]:
+        """Interventions act on every pass inside the `with` block, generation included; nothing stays attached.
+
+        Pass `Interventions(items, label=..., langs=...)` when they are limited by segment or language.
+        """
+        with as_interventions(interventions).attach(self):
+            yield self
 
     def generate(self, tokens: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Continue prompts [batch pos], left-padded if padded; see `workbench.models.generate.generate`."""
@@ -153,7 +194,7 @@ class Llama(HookedModel):
             mask = attend_mask(seen, n_pos)
         frequencies = rotary_frequencies(self.cfg.rope, self.cfg.d_head, x.device)
         angles = (positions[..., None] * frequencies).repeat(1, 1, 2)  # [batch pos d_head]
-        return Frame(angles.cos().to(x.dtype), angles.sin().to(x.dtype), mask, valid)
+        return Frame(angles.cos().to(x.dtype), angles.sin().to(x.dtype), mask, valid, positions)
 
 
 class Block(nn.Module):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from workbench.axes import EFFORTS, LANGUAGES
 from workbench.chat import Message, render_tokens
 from workbench.errors import PromptError, RunError
+from workbench.interventions import Intervention, to_json
 from workbench.io.prompts import Prompt
 from workbench.io.tokens import Tokenizer
 
@@ -25,6 +26,7 @@ class Settings:
     template: "harmony" renders a chat, one per effort, without BOS, as the thinking models were trained; "plain" gives
     a base model the bare text after BOS, without effort. max_new_tokens: 0 writes no answers. date: the current date
     told to the model. batch_size: documents per pass; it decides the last bits of the numbers, so it is a setting too.
+    interventions: act while answers are written and while their routing is read.
     """
 
     template: str = "harmony"
@@ -32,6 +34,7 @@ class Settings:
     max_new_tokens: int = 192
     batch_size: int = 32
     date: str = "2026-01-01"
+    interventions: tuple[Intervention, ...] = ()
 
     def __post_init__(self) -> None:
         if self.template not in TEMPLATES:
@@ -51,7 +54,19 @@ class Settings:
 
     def manifest(self) -> dict[str, object]:
         efforts = list(self.efforts) if self.template == "harmony" else []
-        return {**asdict(self), "efforts": efforts, "bos": self.bos}
+        plain = asdict(replace(self, interventions=()))
+        return {
+            **plain,
+            "efforts": efforts,
+            "bos": self.bos,
+            "interventions": describe_interventions(self.interventions),
+        }
+
+
+def describe_interventions(items: Sequence[Intervention]) -> dict[str, object]:
+    """The interventions as in their file, large tensors by name, and a hash of everything."""
+    entries = to_json(items, {})["interventions"]
+    return {"items": entries, "hash": fingerprint(to_json(items)) if items else None}
 
 
 def settings_for(

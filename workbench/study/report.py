@@ -133,8 +133,10 @@ def _policy(run: Run, tokens: pl.DataFrame) -> str:
         else "Prompts were given as bare text after a BOS token"
     )
     answers = "answered greedily" if settings["max_new_tokens"] else "not answered"
+    changes = settings.get("interventions", {}).get("items", [])
+    changed = f"The model ran under interventions ({', '.join(item['kind'] for item in changes)}). " if changes else ""
     return (
-        f"{rendering} and {answers}; routing was then read from one pass over each whole {document}. "
+        f"{changed}{rendering} and {answers}; routing was then read from one pass over each whole {document}. "
         f"{n_content:,} of {len(tokens):,} tokens are counted: {', '.join(TEMPLATE_SEGMENTS)} tokens are scaffolding, "
         "not content, and are left out; padding is never recorded. The load maps weigh tokens equally; "
         "everything with an interval weighs prompt groups equally, with the group as the unit of resampling. "

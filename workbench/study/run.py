@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import polars as pl
 from workbench.axes import SEGMENTS, TOKEN_COLUMNS
 from workbench.capture import capture_routing, check_room, routed_layers, suitable_threads, write_answers
 from workbench.chat import label_tokens
+from workbench.interventions import Interventions
 from workbench.io.prompts import LANGS, Prompt
 from workbench.io.run_files import Labels
 from workbench.io.runs import Run, RunWriter
@@ -26,10 +28,12 @@ def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings
 
     A directory that holds a part of the same study is continued, a finished one is opened as it is; the result is the
     same as that of one uninterrupted run. Raises RunError naming the first setting that differs from the run that is
-    there, ConfigError for a model without experts, ShapeError for a prompt that does not fit the context.
+    there, ConfigError for a model without experts, InterventionError for interventions that do not fit the model,
+    ShapeError for a prompt that does not fit the context.
     """
     settings = settings or Settings()
     routed_layers(model)
+    Interventions(settings.interventions).check(model)
     tokenizer = tokenizer_of(model)
     documents = plan_documents(prompts, tokenizer, settings, model.chat_template)
     check_room(model, [document.ids for document in documents], settings.max_new_tokens)
@@ -44,17 +48,23 @@ def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings
     watch = Stopwatch()
     with suitable_threads(model), RunWriter.open(out, identity, describe_sitting(model), len(batches)) as writer:
         for part in show_progress(writer.missing(), len(batches)):
-            writer.write(part, *measure(model, tokenizer, batches[part], settings.max_new_tokens, watch))
+            writer.write(part, *measure(model, tokenizer, batches[part], settings, watch))
         return writer.finish(watch.report())
 
 
 def measure(
-    model: Llama, tokenizer: Tokenizer, batch: Sequence[Document], max_new_tokens: int, watch: Stopwatch
+    model: Llama, tokenizer: Tokenizer, batch: Sequence[Document], settings: Settings, watch: Stopwatch
 ) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray, Labels]:
     """One batch: (tokens, routing, expert load [lang segment layer expert], labels of the load's first axes)."""
-    with watch("generation"):
-        answers = write_answers(model, [document.ids for document in batch], max_new_tokens)
-    with watch("capture"):
+    interventions = Interventions(
+        settings.interventions,
+        label=partial(label_tokens, tokenizer=tokenizer),
+        langs=[document.lang for document in batch],
+        n_prompt=[len(document.ids) for document in batch],
+    )
+    with watch("generation"), model.intervene(interventions):
+        answers = write_answers(model, [document.ids for document in batch], settings.max_new_tokens)
+    with watch("capture"), model.intervene(interventions):
         routing = capture_routing(model, [[*doc.ids, *answer] for doc, answer in zip(batch, answers, strict=True)])
     with watch("frames"):
         tokens = pl.concat([token_frame(doc, answer, tokenizer) for doc, answer in zip(batch, answers, strict=True)])

@@ -240,14 +240,14 @@ def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
 def test_a_run_finished_while_its_directory_was_being_opened_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = runs._lock
+    lock = runs.lock
 
     def late(path: Path) -> AbstractContextManager[None]:
-        monkeypatch.setattr(runs, "_lock", lock)
+        monkeypatch.setattr(runs, "lock", lock)
         finished(path)  # another writer, just before the lock is free
         return lock(path)
 
-    monkeypatch.setattr(runs, "_lock", late)
+    monkeypatch.setattr(runs, "lock", late)
     run = finished(tmp_path)
     assert run.manifest["sittings"] == [{"started": "now", "seconds": 1}]
     assert not (tmp_path / "parts").exists()

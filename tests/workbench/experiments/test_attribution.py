@@ -1,0 +1,158 @@
+"""First-order estimates: they are derivatives and find what was planted; the exact effects beside them are exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import polars as pl
+import pytest
+import torch
+
+from workbench.errors import ConfigError, ShapeError
+from workbench.experiments.attribution import SITE_COLUMNS, _both_runs, attribution_patching
+from workbench.experiments.attribution_sites import KINDS, Site, patched_metric
+from workbench.experiments.metrics import logit_difference
+from workbench.experiments.pairs import Pairs
+from workbench.hooks import ActivationCache
+from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
+
+
+def mean_effects(result, column="value"):
+    return result.frame.drop_nulls(column).group_by(SITE_COLUMNS).agg(pl.col(column).mean()).sort(column)
+
+
+def planted_result(planted, kinds, **options):
+    metric = logit_difference(planted.correct, planted.wrong)
+    return attribution_patching(planted.model, Pairs(planted.clean, planted.corrupt), metric, kinds=kinds, **options)
+
+
+def test_estimates_are_the_derivative_along_the_difference(model, tokens):
+    """A patch that goes only a thousandth of the way moves the metric by a thousandth of the estimate."""
+    model, step = model.double(), 1e-3
+    kinds = [kind for kind in KINDS if kind != "expert" and (model.cfg.is_moe or kind != "router")]
+    metric = logit_difference(7, 9)
+    result = attribution_patching(model, Pairs(tokens, tokens.flip(0)), metric, kinds=kinds, exact_sample=0)
+    pair = _both_runs(model, (tokens, tokens.flip(0), None), metric, kinds)
+    between = {
+        name: pair.corrupt[name] + step * (value - pair.corrupt[name])
+        if value.is_floating_point()
+        else pair.corrupt[name]
+        for name, value in pair.clean.items()
+    }
+    if model.cfg.is_moe:  # inside experts slots of two runs do not correspond
+        result = replace(result, frame=result.frame.filter((pl.col("kind") != "neuron") | pl.col("expert").is_null()))
+    near = replace(pair, clean=ActivationCache(between))
+    sites = mean_effects(result).sort(pl.col("value").abs(), descending=True).gather_every(7)
+    assert set(sites["kind"]) >= {"attn", "mlp", "head"}
+    for row in sites.select(*SITE_COLUMNS, "value").rows(named=True):
+        value = row.pop("value")
+        moved = (patched_metric(model, near, Site(**row)) - pair.value).mean() / step
+        assert float(moved) == pytest.approx(value, rel=2e-2, abs=1e-5)
+
+
+def test_expert_estimate_is_exact_where_nothing_follows_but_the_unembedding(moe, tokens):
+    """With the metric on the last stream itself every contribution of the last layer is linear."""
+    last = moe.cfg.n_layers - 1
+    moe.ln_final.hook_scale.add_hook(lambda scale, hook: torch.ones_like(scale))
+    for kind in ("expert", "neuron"):
+        result = attribution_patching(
+            moe, Pairs(tokens, tokens.flip(0)), logit_difference(7, 9), kinds=[kind], exact_sample=0
+        )
+        assert set(result.frame["layer"]) >= {0, last}
+        pair = _both_runs(moe, (tokens, tokens.flip(0), None), logit_difference(7, 9), [kind])
+        for row in mean_effects(result).filter(pl.col("layer") == last).gather_every(11).rows(named=True):
+            value = row.pop("value")
+            exact = (patched_metric(moe, pair, Site(**row)) - pair.value).mean()
+            assert float(exact) == pytest.approx(value, rel=1e-3, abs=2e-5)
+
+
+def test_the_planted_expert_is_found_and_its_neighbours_are_not():
+    planted = writing_mlp("qwen3_moe")
+    result = planted_result(planted, ["expert"], exact_sample=12)
+    sites = mean_effects(result)
+    best, rest = sites.row(-1, named=True), sites[:-1]
+    assert (best["layer"], best["pos"], best["expert"]) == (planted.writer_layer, planted.query_pos, planted.experts[0])
+    assert rest["value"].abs().max() < 0.01 * best["value"]
+    assert result.settings["agreement"]["expert"]["pearson"] > 0.99
+
+
+def test_a_deciding_route_shows_as_one_expert_gone_and_another_come():
+    planted = deciding_route()
+    best = mean_effects(planted_result(planted, ["expert"], exact_sample=0))[-2:]
+    assert set(best["expert"]) == set(planted.experts)
+    assert set(best["layer"]) == {planted.writer_layer}
+    assert best["value"].min() > 0.1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_the_planted_head_is_found_and_the_exact_column_clears_the_idle_one(architecture):
+    """The idle head changes sign too: to first order that moves the final norm, in truth it moves nothing."""
+    planted = copying_head(architecture)
+    result = planted_result(planted, ["head"], exact_sample=8)
+    sites, exact = mean_effects(result), mean_effects(result, "exact")
+    for found in (sites, exact):
+        best = found.row(-1, named=True)
+        assert (best["layer"], best["pos"], best["head"]) == (planted.head_layer, planted.query_pos, planted.head)
+    assert sites[:-1]["value"].abs().max() < 0.35 * sites["value"][-1]
+    assert planted.idle_head in exact["head"]
+    assert exact[:-1]["exact"].abs().max() < 0.02 * exact["exact"][-1]
+
+
+def test_the_planted_neuron_is_found_in_both_architectures():
+    dense = writing_mlp("llama")
+    best = mean_effects(planted_result(dense, ["neuron"], exact_sample=0)).row(-1, named=True)
+    assert (best["layer"], best["expert"], best["neuron"]) == (dense.writer_layer, None, dense.neuron)
+    sparse = writing_mlp("qwen3_moe")
+    best = mean_effects(planted_result(sparse, ["neuron"], exact_sample=0)).row(-1, named=True)
+    assert (best["layer"], best["expert"], best["neuron"]) == (sparse.writer_layer, sparse.experts[0], 0)
+
+
+def test_exact_column_equals_patching_by_hand(nano):
+    clean = nano.to_tokens(["日本の首都は", "韓国の首都は"])
+    corrupt, metric = clean.flip(0), logit_difference(700, 900)
+    result = attribution_patching(nano, Pairs(clean, corrupt), metric, kinds=["head", "router"], exact_sample=6)
+    with torch.no_grad():
+        _, cache = nano.run_with_cache(clean)
+        base = metric(nano(corrupt))
+        for row in result.frame.drop_nulls("exact").filter(pl.col("pair") == "1").rows(named=True):
+            leaf = "attn.hook_z" if row["kind"] == "head" else "mlp.hook_router_logits"
+            name = f"blocks.{row['layer']}.{leaf}"
+            unit = row["head"] if row["kind"] == "head" else row["expert"]
+
+            def put(x, hook, name=name, pos=row["pos"], unit=unit):
+                x = x.clone()
+                x[:, pos, unit] = cache[name][:, pos, unit]
+                return x
+
+            patched = metric(nano.run_with_hooks(corrupt, fwd_hooks=[(name, put)]))
+            assert row["exact"] == pytest.approx(float((patched - base)[1]), abs=1e-5)
+    assert result.frame.drop_nulls("exact").group_by("kind").len()["len"].to_list() == [12, 12]
+    assert all(-1 <= found["pearson"] <= 1 for found in result.settings["agreement"].values())
+
+
+def test_estimates_agree_with_exact_patching_on_a_trained_model(nano):
+    clean = nano.to_tokens(["日本の首都は", "韓国の首都は"])
+    with torch.no_grad():
+        answers = nano(clean)[:, -1].argmax(-1)
+    metric = logit_difference(answers, answers.flip(0))
+    result = attribution_patching(nano, Pairs(clean, clean.flip(0)), metric, kinds=["node", "expert"], exact_sample=16)
+    assert result.settings["agreement"]["expert"]["pearson"] > 0.8
+    assert result.settings["agreement"]["node"]["pearson"] > 0.8
+
+
+def test_weights_get_no_gradient_and_frozen_ones_do_not_matter(moe, tokens):
+    metric = logit_difference(7, 9)
+    first = attribution_patching(moe, Pairs(tokens, tokens.flip(0)), metric, exact_sample=0).frame
+    assert all(parameter.grad is None for parameter in moe.parameters())
+    moe.requires_grad_(False)
+    assert attribution_patching(moe, Pairs(tokens, tokens.flip(0)), metric, exact_sample=0).frame.equals(first)
+
+
+def test_wrong_requests_are_refused(llama, tokens):
+    with pytest.raises(ConfigError, match="kinds: expected some of"):
+        attribution_patching(llama, Pairs(tokens, tokens), logit_difference(7, 9), kinds=["edge"])
+    with pytest.raises(ConfigError, match="with experts"):
+        attribution_patching(llama, Pairs(tokens, tokens), logit_difference(7, 9), kinds=["expert"])
+    crossed = Pairs(tokens, tokens, positions={"subject": [(2, 3), (2, 2)]})
+    with pytest.raises(ShapeError, match="column by column"):
+        attribution_patching(llama, crossed, logit_difference(7, 9), kinds=["head"])

@@ -1,0 +1,139 @@
+"""Parts sum to the logit, and the planted writer is the part that says the answer."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+import torch
+
+from workbench.errors import ConfigError, ShapeError
+from workbench.experiments.lens import PARTS, direct_logit_attribution, expert_logit_lens, logit_lens
+from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_sum_to_the_logit_and_to_the_difference(nano, parts):
+    tokens = torch.randint(300, 2800, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = nano(tokens)[:, -2]
+    rows = torch.arange(3)
+    correct, wrong = torch.tensor([700, 800, 900]), 600
+    for result, total in (
+        (direct_logit_attribution(nano, tokens, correct, parts=parts, pos=-2), logits[rows, correct]),
+        (
+            direct_logit_attribution(nano, tokens, correct, wrong, parts=parts, pos=-2),
+            logits[rows, correct] - logits[:, 600],
+        ),
+    ):
+        sums = result.frame.group_by("pair", maintain_order=True).agg(pl.col("value").sum())["value"].to_torch()
+        torch.testing.assert_close(sums, total, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(result.settings["total"]), total)
+
+
+def test_finer_parts_sum_to_coarser_ones(nano):
+    tokens = torch.randint(300, 2800, (2, 6), generator=torch.Generator().manual_seed(1))
+    frames = {parts: direct_logit_attribution(nano, tokens, 700, parts=parts).frame for parts in PARTS}
+    coarse = frames["component"].sort("pair", "layer", "component")
+    merged = {"head": "attn", "expert": "mlp", "neuron": "mlp"}
+    for parts in PARTS[1:]:
+        sums = (
+            frames[parts].with_columns(pl.col("component").replace(merged))
+            .group_by("pair", "component", "layer").agg(pl.col("value").sum())
+            .sort("pair", "layer", "component")
+        )  # fmt: skip
+        torch.testing.assert_close(sums["value"].to_torch(), coarse["value"].to_torch(), atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing(nano):
+    tokens = torch.randint(300, 2800, (1, 6), generator=torch.Generator().manual_seed(2))
+    padded = torch.cat([torch.full((1, 3), 4), tokens], dim=1)
+    mask = (torch.arange(9) >= 3).long()[None]
+    plain, shifted = (
+        direct_logit_attribution(nano, tokens, 700).frame,
+        direct_logit_attribution(nano, padded, 700, attention_mask=mask).frame,
+    )
+    keys = ["component", "layer", "head", "expert"]
+    assert plain.select(keys).equals(shifted.select(keys))
+    torch.testing.assert_close(plain["value"].to_torch(), shifted["value"].to_torch(), atol=1e-4, rtol=1e-3)
+    lens = logit_lens(nano, padded, 700, mask, pos=None).frame
+    assert lens["pos"].unique().sort().to_list() == list(range(3, 9))
+
+
+def test_the_planted_writer_says_the_answer_and_its_neighbours_do_not():
+    planted = writing_mlp("qwen3_moe")
+    frame = direct_logit_attribution(planted.model, planted.clean, planted.correct, planted.wrong).frame
+    means = frame.group_by("component", "layer", "head", "expert").agg(pl.col("value").mean()).sort("value")
+    top, rest = means.row(-1, named=True), means[:-1]
+    assert (top["component"], top["layer"], top["expert"]) == ("expert", planted.writer_layer, planted.experts[0])
+    assert top["value"] > 0.1
+    assert rest["value"].abs().max() < 1e-5 * top["value"]
+
+
+def test_the_planted_neuron_and_head_are_found():
+    dense = writing_mlp("llama")
+    frame = direct_logit_attribution(dense.model, dense.clean, dense.correct, dense.wrong, parts="neuron").frame
+    best = frame.filter(pl.col("pair") == "0").sort("value").row(-1, named=True)
+    assert (best["component"], best["layer"], best["neuron"]) == ("neuron", dense.writer_layer, dense.neuron)
+    for architecture in ("llama", "qwen3_moe"):
+        planted = copying_head(architecture)
+        frame = direct_logit_attribution(planted.model, planted.clean, planted.correct, planted.wrong).frame
+        for pair in frame.partition_by("pair"):
+            best = pair.sort("value").row(-1, named=True)
+            assert (best["component"], best["layer"], best["head"]) == ("head", planted.head_layer, planted.head)
+
+
+def test_logit_lens_shows_where_the_answer_appears_and_ends_in_the_prediction():
+    planted = writing_mlp("qwen3_moe")
+    frame = logit_lens(planted.model, planted.clean, planted.correct).frame
+    ranks = frame.group_by("layer", maintain_order=True).agg(pl.col("rank").max())
+    before, after = (
+        ranks.filter(pl.col("layer") < planted.writer_layer),
+        ranks.filter(pl.col("layer") >= planted.writer_layer),
+    )
+    assert before["rank"].min() > 0
+    assert after["rank"].max() == 0
+
+
+def test_the_last_row_of_the_lens_is_the_model(nano):
+    tokens = torch.randint(300, 2800, (2, 5), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        log_probs = nano(tokens).log_softmax(-1)
+    last = logit_lens(nano, tokens, [700, 800], pos=None).frame.filter(pl.col("layer") == nano.cfg.n_layers - 1)
+    torch.testing.assert_close(
+        last["log_probability"].to_torch().reshape(2, 5),
+        torch.stack([log_probs[0, :, 700], log_probs[1, :, 800]]), atol=1e-5, rtol=1e-5,
+    )  # fmt: skip
+    assert last["top_id"].to_list() == log_probs.argmax(-1).flatten().tolist()
+
+
+def test_expert_lens_tells_which_expert_speaks_for_which_answer():
+    planted = deciding_route()
+    for tokens, expert, answer in (
+        (planted.clean, planted.experts[0], planted.correct),
+        (planted.corrupt, planted.experts[1], planted.wrong),
+    ):
+        frame = expert_logit_lens(planted.model, tokens, top=2).frame.filter(pl.col("layer") == planted.writer_layer)
+        chosen = frame.filter(pl.col("expert") == expert)
+        assert len(chosen) == len(tokens)
+        assert chosen["top_ids"].list.first().unique().to_list() == [answer]
+
+
+def test_expert_lens_adds_up_to_what_the_layers_write(moe, tokens):
+    lens = expert_logit_lens(moe, tokens[:1], top=moe.cfg.d_vocab).frame
+    exploded = lens.explode("top_ids", "top_values").group_by("top_ids").agg(pl.col("top_values").sum()).sort("top_ids")
+    with torch.no_grad():
+        _, cache = moe.run_with_cache(tokens[:1])
+        written = cache["mlp_out", 0][0, -1] + cache["mlp_out", 2][0, -1]  # layer 1 is dense
+        expected = moe.unembed(written / cache["ln_final.hook_scale"][0, -1] * moe.ln_final.weight)
+    found = exploded["top_values"].to_torch().float()
+    torch.testing.assert_close(found, expected - expected.mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_wrong_requests_are_refused(nano, nano_dense):
+    tokens = torch.tensor([[300, 301]])
+    with pytest.raises(ConfigError, match="parts: expected one of component"):
+        direct_logit_attribution(nano, tokens, 700, parts="layer")
+    with pytest.raises(ConfigError, match="with experts"):
+        expert_logit_lens(nano_dense, tokens)
+    with pytest.raises(ShapeError, match="one per row"):
+        logit_lens(nano, tokens, [1, 2])

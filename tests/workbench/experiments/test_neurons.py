@@ -1,0 +1,185 @@
+"""Counts equal a plain loop, the measures equal their definitions, and planted language neurons are found."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import torch.nn.functional as F
+
+from workbench.errors import ConfigError, ShapeError
+from workbench.experiments.neurons import Activity, ablate_neurons, average_precision, lape, neuron_activity
+
+JA, EN = range(10, 30), range(30, 60)  # token ids of two made-up languages
+EXPERT, NEURON = 2, 4
+
+
+def corpus(n_groups=12, seed=0):
+    """Sequences, languages and groups: each group in both languages, of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences, langs, groups = [], [], []
+    for group in range(n_groups):
+        for lang, ids in (("ja", JA), ("en", EN)):
+            length = 5 + (group + len(lang) * (lang == "ja")) % 4
+            sequences.append(torch.randint(ids.start, ids.stop, (length,), generator=generator).tolist())
+            langs.append(lang)
+            groups.append(f"g{group}")
+    return sequences, langs, groups
+
+
+@pytest.fixture
+def planted(model):
+    """Layer 0: one neuron (of one expert) whose gate opens for the first language only."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "mlp.down"))
+            if name.startswith("blocks") and weight.ndim > 1 and not writes:
+                weight[..., 0] = 0  # nobody else reads the language
+        model.embed.weight[:, 0] = 0
+        model.embed.weight[JA.start : JA.stop, 0] = 3
+        model.embed.weight[EN.start : EN.stop, 0] = -3
+        mlp = model.blocks[0].mlp
+        gate = mlp.gate_up[EXPERT, NEURON] if model.cfg.is_moe else mlp.gate_proj.weight[NEURON]
+        gate.zero_()
+        gate[0] = 1
+    return model
+
+
+def test_counts_equal_a_plain_loop(model):
+    sequences, langs, groups = corpus(3)
+    read = [range(1, len(ids)) for ids in sequences]
+    activity = neuron_activity(model, sequences, langs, groups, read=read, batch_size=4)
+    for layer in range(3):
+        for number, ids in enumerate(sequences):
+            with torch.no_grad():
+                _, cache = model.run_with_cache(torch.tensor([ids]), names_filter=lambda name: True)
+            active, response, tokens = (
+                np.zeros_like(part[layer][number]) for part in (activity.active, activity.response, activity.tokens)
+            )
+            for pos in read[number]:
+                if activity.sparse[layer]:
+                    for slot, expert in enumerate(cache["expert_ids", layer][0, pos].tolist()):
+                        gate = cache["expert_pre", layer][0, pos, slot]
+                        tokens[expert] += 1
+                        active[expert] += (gate > 0).numpy()
+                        response[expert] += F.silu(gate).numpy()
+                else:
+                    gate = cache["pre", layer][0, pos]
+                    tokens[0] += 1
+                    active[0] += (gate > 0).numpy()
+                    response[0] += F.silu(gate).numpy()
+            assert np.array_equal(activity.tokens[layer][number], tokens)
+            assert np.array_equal(activity.active[layer][number], active)
+            np.testing.assert_allclose(activity.response[layer][number], response, atol=1e-4)
+
+
+def test_lape_finds_the_planted_neuron(planted):
+    sequences, langs, groups = corpus()
+    activity = neuron_activity(planted, sequences, langs, groups)
+    result = lape(activity, bar=0.5, share=0.02, n_flips=300)
+    expert = EXPERT if planted.cfg.is_moe else None
+    best = result.frame.row(0, named=True)
+    assert (best["layer"], best["expert"], best["neuron"]) == (0, expert, NEURON)
+    assert (best["p_ja"], best["p_en"], best["lang"], best["entropy"]) == (1, 0, "ja", 0)
+    if not planted.cfg.is_moe:  # inside experts not every group has tokens
+        assert best["p_adjusted"] < 0.02
+        assert result.frame["p_adjusted"].null_count() == 0
+
+
+def test_average_precision_finds_the_planted_neuron(planted):
+    sequences, langs, groups = corpus()
+    activity = neuron_activity(planted, sequences, langs, groups)
+    for lang in ("ja", "en"):
+        frame = average_precision(activity, lang).frame
+        if planted.cfg.is_moe:
+            frame = frame.filter(pl.col("expert") == EXPERT)  # others have other sequences, and so other chances
+        ranked = frame.filter(pl.col("layer") == 0)["neuron"].to_list()
+        assert ranked[0 if lang == "ja" else -1] == NEURON
+
+
+def made_activity(p, tokens=100):
+    """One dense layer; p [lang neuron] in a group of its own for each language."""
+    active = (np.asarray(p) * tokens)[:, None]  # [sequence 1 neuron]
+    return Activity(None, ("en", "ja"), ("g", "g"), {0: False}, {0: np.full((2, 1), tokens)}, {0: active}, {0: active})
+
+
+def test_lape_is_the_published_rule():
+    p = [[0.9, 0.5, 0.01, 0.6, 0.5], [0.1, 0.5, 0.0, 0.6, 0.45]]
+    frame = lape(made_activity(p), bar=0.5, share=0.2).frame.sort("neuron")
+    expected = [-(x * np.log(x) + (1 - x) * np.log(1 - x)) for x in (0.9, 0.5)]
+    assert frame["entropy"].to_list()[:2] == pytest.approx(expected)
+    assert frame["entropy"][2] == pytest.approx(0)
+    assert frame["lang"].to_list() == ["en", None, None, None, None]  # neuron 2 fires too rarely to count
+
+
+def test_average_precision_is_its_definition():
+    langs = ("ja", "en", "ja", "en", "en", "ja", "en", "ja")
+    scores = np.array([8.0, 7, 6, 5, 4, 3, 2, 1])
+    rows = {0: scores[:, None, None]}
+    activity = Activity(None, langs, langs, {0: False}, {0: np.ones((8, 1))}, rows, rows)
+    value = average_precision(activity, "ja").frame["average_precision"].item()
+    assert value == pytest.approx((1 / 1 + 2 / 3 + 3 / 6 + 4 / 8) / 4)
+
+
+def test_sequences_that_never_chose_an_expert_take_no_part():
+    langs = ("ja", "en") * 5
+    tokens = np.ones((10, 2))
+    tokens[:2, 1] = 0
+    response = np.random.default_rng(0).random((10, 2, 3)).astype(np.float32)
+    frame = average_precision(
+        Activity(None, langs, langs, {3: True}, {3: tokens}, {3: response}, {3: response}), "ja"
+    ).frame
+    counts = frame.group_by("expert").agg(pl.col("n_sequences").first()).sort("expert")
+    assert counts["n_sequences"].to_list() == [10, 8]
+    assert frame["baseline"].unique().to_list() == [0.5]
+
+
+def test_silencing_is_silencing_and_only_that(planted):
+    sequences, langs, _ = corpus(3)
+    expert = EXPERT if planted.cfg.is_moe else None
+    neurons = pl.DataFrame(
+        {"layer": [0], "expert": [expert], "neuron": [NEURON]}, schema_overrides={"expert": pl.Int64}
+    )
+    found = ablate_neurons(planted, neurons, sequences, langs, n_random=0).frame["loss"].to_list()
+    weight = planted.blocks[0].mlp.down[EXPERT] if planted.cfg.is_moe else planted.blocks[0].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[:, NEURON] = 0  # a neuron that nobody hears
+        expected = []
+        for ids in sequences:
+            logits = planted(torch.tensor([ids]))[0, :-1]
+            expected.append(float(F.cross_entropy(logits, torch.tensor(ids[1:]))))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_japanese_neurons_of_a_trained_model_cost_japanese_more(nano_dense):
+    from workbench.io.prompts import load_prompts, select
+
+    prompts = [prompt for prompt in load_prompts() if prompt.kind == "parallel"]
+    made, held_out = select(prompts, split="discovery")[:80], select(prompts, split="validation")[:40]
+    encode = nano_dense.tokenizer.to_tokens
+    activity = neuron_activity(
+        nano_dense, [encode(p.text, bos=True) for p in made], [p.lang for p in made], [p.group_id for p in made]
+    )
+    chosen = average_precision(activity, "ja").frame.filter(pl.col("average_precision") > 0.95)
+    result = ablate_neurons(
+        nano_dense, chosen, [encode(p.text, bos=True) for p in held_out], [p.lang for p in held_out]
+    )
+    change = {key: part["change"].mean() for key, part in result.frame.group_by("neurons", "lang")}
+    assert change["selected", "ja"] > 0.1
+    assert change["selected", "ja"] > 3 * abs(change["selected", "en"])
+    assert all(abs(change[f"random {n}", "ja"]) < 0.5 * change["selected", "ja"] for n in range(3))
+
+
+def test_wrong_requests_are_refused(llama):
+    sequences, langs, groups = corpus(2)
+    with pytest.raises(ShapeError, match="as many languages"):
+        neuron_activity(llama, sequences, langs[:1], groups)
+    activity = neuron_activity(llama, sequences[::2], langs[::2], groups[::2])
+    with pytest.raises(ConfigError, match="at least two languages"):
+        lape(activity)
+    with pytest.raises(ConfigError, match="some of another"):
+        average_precision(activity, "ja")
+    with pytest.raises(ConfigError, match="at least one"):
+        ablate_neurons(llama, pl.DataFrame({"layer": [], "expert": [], "neuron": []}), sequences, langs)

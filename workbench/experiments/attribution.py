@@ -1,0 +1,223 @@
+"""Attribution patching: what patching every site would do, to first order, from one forward pass and one backward.
+
+effect(site) = (activation in the clean run - activation in the corrupt run) · d metric / d activation, in the corrupt
+run (Nanda 2023; Syed et al., arXiv 2310.10348). It is an estimate: normalisation, attention patterns and above all the
+router's choice are not linear. A sample of sites is therefore patched for real, and the agreement stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from workbench.errors import ConfigError
+from workbench.experiments.attribution_sites import KINDS, Pair, Site, Versions, aligned, named, patched_metric
+from workbench.experiments.metrics import Metric, metric_name, score_rows
+from workbench.experiments.pairs import Pairs
+from workbench.experiments.result import Result
+from workbench.hooks import ActivationCache, HookPoint
+from workbench.models import Llama
+from workbench.models.moe import Moe
+
+SITE_COLUMNS = ("kind", "layer", "pos", "head", "expert", "neuron")
+
+
+def attribution_patching(
+    model: Llama,
+    pairs: Pairs,
+    metric: Metric,
+    *,
+    kinds: Sequence[str] = ("node", "head", "expert"),
+    exact_sample: int = 24,
+    seed: int = 0,
+) -> Result:
+    """Estimated effect on `metric` of putting each site's clean activation into the corrupt run (denoising).
+
+    The pairs must be aligned column by column; `metric` gives one number per pair. Kinds of site:
+      node    attention output and MLP output (or expert mixture) by layer and pos; rows say "attn" or "mlp" as kind
+      head    one head's z by layer and pos
+      neuron  one neuron, all positions at once; inside experts its weighted activation, 0 where the expert did not run
+      expert  one expert's weighted contribution by layer and pos, 0 where it did not run (arXiv 2606.03780)
+      router  one router logit by layer and pos; its gradient sees reweighting but no change of the chosen set
+    One row per pair and site: pair, kind, layer, pos, head, expert, neuron, `value` (the estimate) and `exact`, the
+    measured change where the site was sampled, else null.
+
+    `settings["agreement"]` has, per kind, the Pearson and Spearman correlation of estimate and exact effect over the
+    sampled sites (means over pairs): half of them those with the largest estimates, half drawn from the rest. Pass
+    `exact_sample=0` for none. Raises ConfigError for an unknown kind or one the model has no site of.
+    """
+    _check(model, kinds)
+    pair = _both_runs(model, aligned(pairs), metric, kinds)
+    frames = []
+    for kind in kinds:
+        estimates = pl.concat(list(_estimates(model, pair, kind)))
+        frames.append(_with_exact(model, pair, estimates, exact_sample, seed))
+    frame = named(pl.concat(frames), pairs)
+    settings = {
+        "experiment": "attribution_patching", "model": model.source, "metric": metric_name(metric),
+        "kinds": list(kinds), "pairs": pairs.describe(), "exact_sample": exact_sample, "seed": seed,
+        "agreement": agreement(frame),
+    }  # fmt: skip
+    return Result(frame, settings)
+
+
+def agreement(frame: pl.DataFrame) -> dict[str, dict[str, float | int | None]]:
+    """Per kind: Pearson and Spearman correlation of estimate and exact effect over sampled sites, and their number."""
+    sampled = frame.drop_nulls("exact").group_by(SITE_COLUMNS, maintain_order=True).agg(pl.col("value", "exact").mean())
+    found: dict[str, dict[str, float | int | None]] = {}
+    for (kind,), sites in sampled.group_by(
+        pl.col("kind").replace({"attn": "node", "mlp": "node"}), maintain_order=True
+    ):
+        values = {
+            method: sites.select(pl.corr("value", "exact", method=method)).item() for method in ("pearson", "spearman")
+        }
+        found[str(kind)] = {
+            **{method: None if value is None or np.isnan(value) else float(value) for method, value in values.items()},
+            "n_sites": len(sites),
+        }
+    return found
+
+
+def _check(model: Llama, kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"kinds: expected some of {', '.join(KINDS)}, got {kind!r}.")
+        if kind in ("expert", "router") and not any(isinstance(block.mlp, Moe) for block in model.blocks):
+            raise ConfigError(
+                f"kinds: expected a model with experts for {kind!r}, got a dense one. Use node or neuron."
+            )
+
+
+def _both_runs(model: Llama, versions: Versions, metric: Metric, kinds: Sequence[str]) -> Pair:
+    """Activations of both runs and the corrupt run's gradients at every point that the kinds need."""
+    clean, corrupt, mask = versions
+    names = sorted(
+        {name for kind in kinds for layer in range(model.cfg.n_layers) for name in _points(model, kind, layer)}
+    )
+    with torch.no_grad():
+        _, clean_cache = model.run_with_cache(
+            clean, attention_mask=mask, names_filter=names, stop_at_layer=model.cfg.n_layers
+        )
+    live: dict[str, Tensor] = {}
+
+    def start(x: Tensor, hook: HookPoint) -> Tensor:
+        return x.detach().requires_grad_()  # so that gradients flow whether or not the weights ask for them
+
+    def keep(x: Tensor, hook: HookPoint) -> None:
+        live[hook.name] = x
+
+    with torch.enable_grad():
+        logits = model.run_with_hooks(corrupt, attention_mask=mask, fwd_hooks=[("hook_embed", start), (names, keep)])
+        values = score_rows(metric, logits)
+        wanted = [name for name in names if live[name].requires_grad]
+        gradients = torch.autograd.grad(values.sum(), [live[name] for name in wanted], allow_unused=True)
+    by_name = {
+        name: torch.zeros_like(live[name]) if g is None else g for name, g in zip(wanted, gradients, strict=True)
+    }
+    corrupt_cache = ActivationCache({name: x.detach() for name, x in live.items()})
+    return Pair(corrupt, mask, metric, values.detach(), clean_cache, corrupt_cache, ActivationCache(by_name))
+
+
+def _points(model: Llama, kind: str, layer: int) -> list[str]:
+    sparse = isinstance(model.blocks[layer].mlp, Moe)
+    leaves = {
+        "node": ["hook_attn_out", "hook_mlp_out"],
+        "head": ["attn.hook_z"],
+        "router": ["mlp.hook_router_logits", "mlp.hook_expert_ids"] if sparse else [],
+        "neuron": ["mlp.hook_post"],
+        "expert": [],
+    }[kind]
+    if sparse and kind in ("neuron", "expert"):
+        slots = "mlp.hook_expert_post" if kind == "neuron" else "mlp.hook_expert_out"
+        leaves = [slots, "mlp.hook_expert_ids", "mlp.hook_routing_weights", "hook_mlp_out"]
+    return [f"blocks.{layer}.{leaf}" for leaf in leaves]
+
+
+def _estimates(model: Llama, pair: Pair, kind: str) -> Iterator[pl.DataFrame]:
+    """One frame per layer, `value` being the first-order effect."""
+    for layer in range(model.cfg.n_layers):
+        sparse = isinstance(model.blocks[layer].mlp, Moe)
+        if kind == "node":
+            for name in ("attn", "mlp"):
+                yield _frame(name, layer, ("pos",), pair.first_order(f"{name}_out", layer).sum(-1))
+        elif kind == "head":
+            yield _frame(kind, layer, ("pos", "head"), pair.first_order("z", layer).sum(-1))
+        elif kind == "neuron" and not sparse:
+            yield _frame(kind, layer, ("neuron",), pair.first_order("post", layer).sum(1))
+        elif kind == "neuron":
+            yield _frame(kind, layer, ("expert", "neuron"), _expert_neurons(model, pair, layer))
+        elif sparse:
+            values = pair.first_order("router_logits", layer) if kind == "router" else _experts(model, pair, layer)
+            ran = _ran(model, pair.clean["expert_ids", layer]) | _ran(model, pair.corrupt["expert_ids", layer])
+            yield _frame(kind, layer, ("pos", "expert"), values, ran)
+
+
+def _experts(model: Llama, pair: Pair, layer: int) -> Tensor:  # [pair pos expert]
+    """Each expert's change of contribution along the gradient at the mixture's output."""
+    gradient = pair.gradient["mlp_out", layer]
+
+    def along(cache: ActivationCache) -> Tensor:
+        weighted = torch.einsum(
+            "bpkm,bpm->bpk", cache["expert_out", layer], gradient.to(cache["expert_out", layer].dtype)
+        )
+        values = weighted.float() * cache["routing_weights", layer].float()
+        empty = values.new_zeros(*values.shape[:2], model.cfg.n_experts)  # type: ignore[union-attr]
+        return empty.scatter_add_(-1, cache["expert_ids", layer], values)
+
+    return along(pair.clean) - along(pair.corrupt)
+
+
+def _expert_neurons(model: Llama, pair: Pair, layer: int) -> Tensor:  # [pair expert neuron], summed over pos
+    mlp: Any = model.blocks[layer].mlp
+    gradient = pair.gradient["mlp_out", layer].float()  # [pair pos d_model]
+    total = gradient.new_zeros(len(gradient), mlp.cfg.n_experts, mlp.cfg.d_expert)
+    for cache, sign in ((pair.clean, 1), (pair.corrupt, -1)):
+        ids, weights = cache["expert_ids", layer], cache["routing_weights", layer].float()
+        for expert in ids.unique().tolist():  # one product per expert that ran, instead of one matrix per slot
+            rows, places, slots = (ids == expert).nonzero(as_tuple=True)
+            read = gradient[rows, places] @ mlp.down[expert].float()  # [n d_expert]
+            post = cache["expert_post", layer][rows, places, slots].float() * weights[rows, places, slots, None]
+            total[:, expert].index_add_(0, rows, sign * post * read)
+    return total
+
+
+def _ran(model: Llama, ids: Tensor) -> Tensor:  # [pair pos k] -> bool [pair pos expert]
+    return torch.zeros(*ids.shape[:2], model.cfg.n_experts, dtype=torch.bool, device=ids.device).scatter_(-1, ids, True)  # type: ignore[union-attr]
+
+
+def _frame(kind: str, layer: int, axes: Sequence[str], values: Tensor, kept: Tensor | None = None) -> pl.DataFrame:
+    """Rows of values [pair *axes]; with `kept` only sites that some pair has, so that every pair has every site."""
+    index = torch.meshgrid(*(torch.arange(size) for size in values.shape), indexing="ij")
+    chosen = torch.ones(values.shape, dtype=torch.bool) if kept is None else kept.any(0).expand(values.shape).cpu()
+    columns = {name: part[chosen].numpy() for name, part in zip(("pair", *axes), index, strict=True)}
+    missing = [pl.lit(None, pl.Int64).alias(name) for name in SITE_COLUMNS[2:] if name not in axes]
+    return pl.DataFrame(columns).select(
+        "pair", pl.lit(kind).alias("kind"), pl.lit(layer, pl.Int64).alias("layer"),
+        *(axes), *missing, pl.Series("value", values.detach().float().cpu()[chosen].numpy()).cast(pl.Float64),
+    ).select("pair", *SITE_COLUMNS, "value")  # fmt: skip
+
+
+def _with_exact(model: Llama, pair: Pair, estimates: pl.DataFrame, n_sites: int, seed: int) -> pl.DataFrame:
+    """The same rows with `exact`, measured at sampled sites."""
+    means = estimates.group_by(SITE_COLUMNS, maintain_order=True).agg(pl.col("value").mean().abs())
+    ranked = means.sort("value", descending=True, maintain_order=True)
+    n_top = min(n_sites - n_sites // 2, len(ranked))
+    rest = ranked[n_top:]
+    chosen = pl.concat([ranked[:n_top], rest.sample(min(n_sites // 2, len(rest)), seed=seed)])
+    measured = [
+        pl.DataFrame({"pair": range(len(values)), "exact": values.double().cpu().numpy()}).join(
+            pl.DataFrame([row], schema={name: estimates.schema[name] for name in SITE_COLUMNS}), how="cross"
+        )
+        for row in chosen.select(SITE_COLUMNS).rows(named=True)
+        for values in [patched_metric(model, pair, Site(**row)) - pair.value]
+    ]
+    if not measured:
+        return estimates.with_columns(exact=pl.lit(None, pl.Float64))
+    return estimates.join(
+        pl.concat(measured), on=["pair", *SITE_COLUMNS], how="left", nulls_equal=True, maintain_order="left"
+    )

@@ -1,0 +1,110 @@
+"""The sites of attribution patching, and patching one of them for real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from workbench.errors import ShapeError
+from workbench.experiments.metrics import Metric, score_rows
+from workbench.experiments.pairs import Pairs
+from workbench.hooks import ActivationCache, HookPoint
+from workbench.models import Llama
+from workbench.models.moe import Moe
+
+Versions = tuple[Tensor, Tensor, "Tensor | None"]  # clean and corrupt tokens [pair pos], their mask
+KINDS = ("node", "head", "neuron", "expert", "router")
+
+
+def aligned(pairs: Pairs) -> Versions:
+    """The two versions and their mask. Raises ShapeError when named positions tie different columns together."""
+    crossed = pairs.positions and any(not torch.equal(clean, corrupt) for clean, corrupt in pairs.columns().values())
+    if crossed or pairs.corrupt_mask is not None:
+        raise ShapeError(
+            "pairs: expected versions aligned column by column, got different columns. "
+            "Use patch, which moves activations between them."
+        )
+    return pairs.clean, pairs.corrupt, pairs.attention_mask
+
+
+def named(frame: pl.DataFrame, pairs: Pairs) -> pl.DataFrame:
+    """The frame with the names of the pairs in place of their numbers."""
+    names = dict(enumerate(pairs.unit_names()))
+    return frame.with_columns(pl.col("pair").replace_strict(names, return_dtype=pl.String))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place to patch; `kind` is "attn" or "mlp" for a node, else one of KINDS. None: does not apply."""
+
+    kind: str
+    layer: int
+    pos: int | None = None
+    head: int | None = None
+    expert: int | None = None
+    neuron: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A clean and a corrupt run of the same prompts: activations of both, the corrupt one's metric and gradients."""
+
+    tokens: Tensor  # of the corrupt run [pair pos]
+    mask: Tensor | None
+    metric: Metric
+    value: Tensor  # the metric of the corrupt run [pair]
+    clean: ActivationCache
+    corrupt: ActivationCache
+    gradient: ActivationCache
+
+    def first_order(self, leaf: str, layer: int) -> Tensor:
+        """(clean - corrupt) * gradient at one point, not yet summed over any axis."""
+        return (self.clean[leaf, layer] - self.corrupt[leaf, layer]).float() * self.gradient[leaf, layer].float()
+
+
+@torch.no_grad()
+def patched_metric(model: Llama, pair: Pair, site: Site) -> Tensor:  # [pair]
+    """The metric of the corrupt run with this one site taken from the clean run."""
+    name, change = _change(model, pair, site)
+
+    def patch(x: Tensor, hook: HookPoint) -> Tensor:
+        x = x.clone()
+        change(x)
+        return x
+
+    logits = model.run_with_hooks(pair.tokens, attention_mask=pair.mask, fwd_hooks=[(name, patch)])
+    return score_rows(pair.metric, logits)
+
+
+def _change(model: Llama, pair: Pair, site: Site) -> tuple[str, Any]:
+    """The hook point of a site, and a function that edits its tensor in place."""
+    block, pos = f"blocks.{site.layer}", site.pos
+    sparse = isinstance(model.blocks[site.layer].mlp, Moe)
+    if site.kind == "expert" or (site.kind == "neuron" and sparse):
+        delta = contribution(model, pair.clean, site) - contribution(model, pair.corrupt, site)  # [pair pos d_model]
+        places = slice(None) if pos is None else slice(pos, pos + 1)
+        return f"{block}.hook_mlp_out", lambda x: x[:, places].add_(delta[:, places].to(x.dtype))
+    name, index = {
+        "attn": ("hook_attn_out", (slice(None), pos)),
+        "mlp": ("hook_mlp_out", (slice(None), pos)),
+        "head": ("attn.hook_z", (slice(None), pos, site.head)),
+        "router": ("mlp.hook_router_logits", (slice(None), pos, site.expert)),
+        "neuron": ("mlp.hook_post", (slice(None), slice(None), site.neuron)),
+    }[site.kind]
+    replacement = pair.clean[f"{block}.{name}"][index]
+    return f"{block}.{name}", lambda x: x.__setitem__(index, replacement)
+
+
+def contribution(model: Llama, cache: ActivationCache, site: Site) -> Tensor:  # [pair pos d_model]
+    """What the site's expert, or one neuron of it, added to the stream: zero where the expert did not run."""
+    mlp: Any = model.blocks[site.layer].mlp
+    mine = cache["expert_ids", site.layer].eq(-1 if site.expert is None else site.expert)  # [pair pos k]
+    weights = cache["routing_weights", site.layer].float() * mine
+    if site.kind == "expert":
+        return torch.einsum("bpk,bpkm->bpm", weights, cache["expert_out", site.layer].float())
+    activation = (weights * cache["expert_post", site.layer][..., site.neuron].float()).sum(-1)  # [pair pos]
+    return activation[..., None] * mlp.down[site.expert, :, site.neuron].float()

@@ -1,0 +1,45 @@
+"""Interventions as values: what to change in a running model, where, and in which order; in JSON too.
+
+Every kind becomes edits of hook points (`Intervention.edits`), so what runs is the model's own computation.
+"""
+
+from __future__ import annotations
+
+from workbench.interventions.activations import (
+    AddVector,
+    PatchActivations,
+    ProjectOut,
+    ScaleActivation,
+    SetActivation,
+)
+from workbench.interventions.base import Intervention
+from workbench.interventions.experts import ForceExperts, KnockOut, Reweight, ScaleExperts, SetExpertOutput
+from workbench.interventions.files import from_json, load_interventions, save_interventions, to_json
+from workbench.interventions.routing import BiasRouter, FreezeRouting, SteerRouter, SwapRouting
+from workbench.interventions.session import Interventions, as_interventions
+from workbench.interventions.where import Where
+
+__all__ = [
+    "AddVector",
+    "BiasRouter",
+    "ForceExperts",
+    "FreezeRouting",
+    "Intervention",
+    "Interventions",
+    "KnockOut",
+    "PatchActivations",
+    "ProjectOut",
+    "Reweight",
+    "ScaleActivation",
+    "ScaleExperts",
+    "SetActivation",
+    "SetExpertOutput",
+    "SteerRouter",
+    "SwapRouting",
+    "Where",
+    "as_interventions",
+    "from_json",
+    "load_interventions",
+    "save_interventions",
+    "to_json",
+]

@@ -1,0 +1,141 @@
+"""What all interventions share: a kind, a place, and how they become edits of hook points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from workbench.errors import InterventionError
+from workbench.hooks import HookedModel, HookPoint, unknown_name
+from workbench.interventions.where import Batch, Where
+
+
+class Site(NamedTuple):
+    """What an edit may look at besides its tensor: the running batch, and the experts chosen in this layer."""
+
+    batch: Batch
+    ids: Tensor | None  # [batch pos k] after every edit of them; None before they are known
+
+
+Edit = Callable[[Tensor, Site], Tensor]
+KINDS: dict[str, type[Intervention]] = {}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Intervention:
+    """One change to a running model, as a value. `where` limits it; `kind` names it in JSON."""
+
+    where: Where = field(default_factory=Where)
+
+    kind: ClassVar[str] = ""
+    needs_experts: ClassVar[bool] = False
+
+    def __init_subclass__(cls, kind: str = "", needs_experts: bool | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.kind = kind
+        if needs_experts is not None:
+            cls.needs_experts = needs_experts
+        if kind:
+            KINDS[kind] = cls
+
+    def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
+        """(hook name, edit) for every point touched; raises InterventionError when this does not fit the model.
+
+        An edit gives the whole tensor as it would be everywhere; where it applies is decided by `where` alone.
+        """
+        raise InterventionError(f"{type(self).__name__}: expected a kind of intervention, got the base of all.")
+        yield
+
+    def layers(self, model: Any) -> tuple[int, ...]:
+        """The layers meant: those of `where`, by default all (for the experts' kinds, all that have experts)."""
+        n_layers = model.cfg.n_layers
+        usable = tuple(layer for layer, sparse in enumerate(_sparse(model)) if sparse or not self.needs_experts)
+        if not usable:
+            raise InterventionError(
+                f"{self.kind}: expected a mixture of experts, got {model.cfg.model_type!r} without any. "
+                "Use an intervention on activations."
+            )
+        if self.where.layers is None:
+            return usable
+        for layer in self.where.layers:
+            if layer not in usable:
+                what = "a layer with experts" if 0 <= layer < n_layers else f"0 to {n_layers - 1}"
+                raise InterventionError(f"{self.kind} layers: expected {what}, got {layer}.")
+        return self.where.layers
+
+
+def _sparse(model: Any) -> tuple[bool, ...]:
+    return tuple(getattr(model.cfg, "sparse_layers", (False,) * model.cfg.n_layers))
+
+
+def resolve_point(model: HookedModel, point: str, layer: int) -> HookPoint:
+    """The hook point of a leaf such as "resid_post" or "mlp.hook_post" in a layer; or a full name, as it is."""
+    if point in model.hook_dict:
+        return model.hook_dict[point]
+    part, _, leaf = point.rpartition(".")
+    leaf = leaf.removeprefix("hook_")
+    prefixes = [f"{part}."] if part else ["", "attn.", "mlp.", "ln1.", "ln2."]
+    names = [f"blocks.{layer}.{prefix}hook_{leaf}" for prefix in prefixes]
+    found = [name for name in names if name in model.hook_dict]
+    if len(found) != 1:
+        if not found:
+            raise InterventionError(f"point: {unknown_name(names[0], model.hook_dict)}")
+        raise InterventionError(f"point: expected one of {', '.join(found)}, got {point!r}. Use its full name.")
+    return model.hook_dict[found[0]]
+
+
+def as_tensor(name: str, value: Any, n_dims: int | None = None) -> Tensor:
+    """A detached float or integer tensor on the CPU. Raises InterventionError unless finite and of `n_dims` axes."""
+    try:
+        tensor = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InterventionError(f"{name}: expected numbers, got {type(value).__name__} ({error}).") from None
+    if tensor.dtype == torch.float64 and not isinstance(value, Tensor):
+        tensor = tensor.float()
+    if not bool(torch.isfinite(tensor).all()):
+        raise InterventionError(f"{name}: expected finite numbers, got some that are not.")
+    if n_dims is not None and tensor.ndim != n_dims:
+        raise InterventionError(f"{name}: expected {n_dims} axes, got {tuple(tensor.shape)}.")
+    return tensor
+
+
+def expert_tuple(experts: int | Sequence[int]) -> tuple[int, ...]:
+    listed = (experts,) if isinstance(experts, int) else tuple(experts)
+    if any(isinstance(e, bool) or not isinstance(e, int) or e < 0 for e in listed) or len(set(listed)) < len(listed):
+        raise InterventionError(f"experts: expected different expert numbers, got {listed}.")
+    return listed
+
+
+def check_experts(kind: str, experts: Sequence[int], model: Any) -> None:
+    n_experts = getattr(model.cfg, "n_experts", 0)
+    for expert in experts:
+        if not 0 <= expert < n_experts:
+            raise InterventionError(f"{kind} experts: expected 0 to {n_experts - 1}, got {expert}.")
+
+
+def align(recorded: Tensor, lengths: Sequence[int], batch: Batch, what: str) -> tuple[Tensor, Tensor]:
+    """A recorded [row position ...] at the running batch's tokens: ([batch pos ...], bool [batch pos] where known)."""
+    n_rows = batch.positions.shape[0]
+    if recorded.shape[0] not in (1, n_rows):
+        raise InterventionError(
+            f"{what}: expected a recording of 1 or {n_rows} rows, as are running, got {recorded.shape[0]}."
+        )
+    places, device = batch.positions, batch.positions.device
+    rows = torch.arange(n_rows, device=device)[:, None] if recorded.shape[0] > 1 else torch.zeros_like(places[:1, :1])
+    ends = torch.tensor(list(lengths), device=device)[:, None]
+    known = places < ends  # [batch pos]
+    return recorded.to(device)[rows, places.clamp(max=recorded.shape[1] - 1)], known
+
+
+def pack(recorded: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+    """[row column ...] -> [row position ...] with padding moved to the end, and each row's number of tokens."""
+    if attention_mask is None:
+        return recorded.detach().cpu(), (recorded.shape[1],) * recorded.shape[0]
+    real = attention_mask.bool().cpu()
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)  # [row column]: tokens first, in order
+    rows = torch.arange(real.shape[0])[:, None]
+    return recorded.detach().cpu()[rows, order], tuple(real.sum(1).tolist())

@@ -1,0 +1,140 @@
+"""Where an intervention acts: layers, heads, positions, segments, languages, prompt or continuation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.axes import LANGUAGES, SEGMENTS
+from workbench.errors import InterventionError
+
+PHASES = ("prefill", "decode")
+Label = Callable[[list[int]], list[str]]  # token ids of one sequence so far -> their segments
+
+
+@dataclass(frozen=True)
+class Where:
+    """The tokens and parts that an intervention touches; None is everywhere, an empty tuple nowhere. All must hold.
+
+    layers, heads: numbers; heads at points that have a head axis. positions: counted over tokens, padding left out, so
+    they are the same in a padded batch and while decoding; negative ones count from the end of the prompt. segments:
+    of axes.SEGMENTS. langs: of the sequence. phase: "prefill" is the prompt, "decode" what was written after it.
+    """
+
+    layers: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    segments: tuple[str, ...] | None = None
+    langs: tuple[str, ...] | None = None
+    phase: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("layers", int), ("positions", int), ("heads", int), ("segments", str), ("langs", str)):
+            object.__setattr__(self, name, _tuple_of(name, getattr(self, name), kind))
+        for name, known in (("segments", SEGMENTS), ("langs", LANGUAGES)):
+            unknown = [value for value in getattr(self, name) or () if value not in known]
+            if unknown:
+                raise InterventionError(f"{name}: expected some of {', '.join(known)}, got {', '.join(unknown)}.")
+        if self.phase not in (None, *PHASES):
+            raise InterventionError(f"phase: expected prefill, decode or none, got {self.phase!r}.")
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+
+class Batch:
+    """The sequences that are running: which token each column of the present pass holds, and what is known of it."""
+
+    def __init__(self, label: Label | None, langs: Sequence[str] | None, n_prompt: Sequence[int] | None) -> None:
+        self.label, self.langs, self.given_n_prompt = label, langs, n_prompt
+        self.positions = self.valid = torch.empty(0)
+        self.n_prompt = torch.empty(0)
+        self._ids: list[list[int]] = []
+        self._segments: list[list[str]] | None = None
+        self._masks: dict[Where, Tensor | None] = {}
+
+    def begin(self, tokens: Tensor | None, positions: Tensor, valid: Tensor | None, continues: bool) -> None:
+        """A forward pass starts: positions [batch pos], valid [batch pos] or None when nothing is padded."""
+        batch = positions.shape[0]
+        self._masks.clear()
+        self.positions = positions  # [batch pos]
+        self.valid = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else valid
+        self.all_valid = valid is None
+        if not continues:
+            self._ids = [[] for _ in range(batch)]
+            self.n_prompt = self._prompt_lengths(batch)
+        self._segments = None
+        self._tokens = tokens
+        if self.label is not None and tokens is not None:
+            for row, ids, real in zip(self._ids, tokens.tolist(), self.valid.tolist(), strict=True):
+                row.extend(token for token, kept in zip(ids, real, strict=True) if kept)
+
+    def mask(self, where: Where) -> Tensor | None:
+        """bool [batch pos], True where `where` holds at a token; None when that is everywhere."""
+        if where not in self._masks:
+            self._masks[where] = self._compute(where)
+        return self._masks[where]
+
+    def _compute(self, where: Where) -> Tensor | None:
+        limits = (where.positions, where.segments, where.langs, where.phase)
+        if self.all_valid and all(limit is None for limit in limits):
+            return None
+        mask = self.valid.clone()  # [batch pos]
+        if where.positions is not None:
+            wanted = torch.tensor(where.positions, dtype=torch.long, device=mask.device)
+            absolute = torch.where(wanted < 0, wanted + self.n_prompt[:, None], wanted)  # [batch wanted]
+            mask &= (self.positions[..., None] == absolute[:, None, :]).any(-1)
+        if where.phase is not None:
+            mask &= (self.positions >= self.n_prompt[:, None]) == (where.phase == "decode")
+        if where.langs is not None:
+            mask &= torch.tensor(self._in_langs(where.langs), device=mask.device)[:, None]
+        if where.segments is not None:
+            mask &= self._in_segments(where.segments)
+        return mask
+
+    def _prompt_lengths(self, batch: int) -> Tensor:  # int64 [batch]
+        if self.given_n_prompt is None:
+            return self.positions.masked_fill(~self.valid, -1).amax(1) + 1
+        if len(self.given_n_prompt) != batch:
+            raise InterventionError(f"n_prompt: expected one for each of {batch} rows, got {len(self.given_n_prompt)}.")
+        return torch.tensor(list(self.given_n_prompt), device=self.valid.device)
+
+    def _in_langs(self, langs: tuple[str, ...]) -> list[bool]:
+        batch = self.valid.shape[0]
+        if self.langs is None or len(self.langs) != batch:
+            got = "none" if self.langs is None else str(len(self.langs))
+            raise InterventionError(
+                f"langs: expected one for each of {batch} rows, got {got}. Pass Interventions(..., langs=[...])."
+            )
+        return [lang in langs for lang in self.langs]
+
+    def _in_segments(self, segments: tuple[str, ...]) -> Tensor:  # bool [batch pos]
+        if self.label is None or self._tokens is None:
+            raise InterventionError(
+                "segments: expected token ids and a way to label them, got none. Pass Interventions(..., label=...), "
+                "for instance partial(label_tokens, tokenizer=model.tokenizer), and run from tokens."
+            )
+        if self._segments is None:
+            self._segments = [self.label(row) for row in self._ids]
+        found = torch.zeros_like(self.valid, device="cpu")
+        for row, (labels, real) in enumerate(zip(self._segments, self.valid.cpu(), strict=True)):
+            n_new = int(real.sum())
+            found[row, real] = torch.tensor([label in segments for label in labels[len(labels) - n_new :]]).bool()
+        return found.to(self.valid.device)
+
+
+def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...] | None:
+    if values is None:
+        return None
+    listed = (values,) if isinstance(values, kind) else values
+    if isinstance(listed, str) or not isinstance(listed, Sequence | range):
+        raise InterventionError(f"{name}: expected a list, got {values!r}.")
+    for value in listed:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InterventionError(f"{name}: expected {kind.__name__} values, got {value!r}.")
+    return tuple(listed)
