@@ -47,6 +47,8 @@ def study(arguments: argparse.Namespace) -> None:
         efforts=arguments.efforts,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        router_logits=arguments.router_logits,
+        norms=arguments.norms,
     )
     out = arguments.out or Path("runs") / Path(arguments.model).name
     print(write_report(run_study(model, prompts, out, settings), arguments.seed))
@@ -94,6 +96,8 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on CPU, else as stored")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
     add("--moe-impl", default="auto", help="how experts are computed (default: %(default)s)")
+    add("--router-logits", action="store_true", help="also keep the router logits of all experts (router_logits/)")
+    add("--norms", action="store_true", help="also measure how much each chosen expert adds")
     _add_seed(command)
     command.set_defaults(run=study)
 

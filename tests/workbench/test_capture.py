@@ -48,6 +48,26 @@ def test_routing_is_what_the_model_shows_at_its_hook_points(moe: Qwen3Moe) -> No
     np.testing.assert_allclose(routing.router_entropy[:, 1], expected, atol=1e-5)
 
 
+def test_mass_lse_and_weights_give_back_probabilities_and_logits(moe: Qwen3Moe) -> None:
+    routing = capture_routing(moe, SEQUENCES, router_logits=True)
+    chosen = np.take_along_axis(routing.router_logits, routing.expert_ids.astype(int), axis=-1)  # [token layer k]
+    probs = routing.routing_weights * routing.router_mass[..., None]
+    np.testing.assert_allclose(np.log(probs) + routing.router_lse[..., None], chosen, atol=1e-5)
+    assert (routing.router_mass < 1).all()
+
+
+def test_norms_are_those_of_what_the_experts_add(moe: Qwen3Moe) -> None:
+    routing = capture_routing(moe, SEQUENCES, norms=True)
+    _, cache = moe.run_with_cache(torch.tensor(SEQUENCES[:1]), names_filter=lambda name: True)
+    out = cache["blocks.2.mlp.hook_expert_out"][0] * cache["blocks.2.mlp.hook_routing_weights"][0][..., None]
+    np.testing.assert_allclose(routing.expert_norms[:5, 1], out.norm(dim=-1), rtol=1e-4)
+    np.testing.assert_allclose(routing.mlp_out_norm[:5, 1], out.sum(1).norm(dim=-1), rtol=1e-4)
+    np.testing.assert_allclose(
+        routing.mlp_in_norm[:5, 0], cache["blocks.0.ln2.hook_normalized"][0].norm(dim=-1), rtol=1e-4
+    )
+    assert capture_routing(moe, SEQUENCES).expert_norms is None
+
+
 def test_frame_has_one_row_per_token_and_layer_in_order(moe: Qwen3Moe) -> None:
     routing = capture_routing(moe, SEQUENCES[1:])
     frame = routing.frame(["a", "b", "b", "b"], [0, 0, 1, 2])

@@ -25,6 +25,7 @@ class Settings:
     template: "harmony" renders a chat, one per effort, without BOS, as the thinking models were trained; "plain" gives
     a base model the bare text after BOS, without effort. max_new_tokens: 0 writes no answers. date: the current date
     told to the model. batch_size: documents per pass; it decides the last bits of the numbers, so it is a setting too.
+    router_logits: also keep the logits of all experts; norms: also measure how much each chosen expert adds.
     """
 
     template: str = "harmony"
@@ -32,6 +33,8 @@ class Settings:
     max_new_tokens: int = 192
     batch_size: int = 32
     date: str = "2026-01-01"
+    router_logits: bool = False
+    norms: bool = False
 
     def __post_init__(self) -> None:
         if self.template not in TEMPLATES:
@@ -83,6 +86,8 @@ class Document:
     lang: str
     effort: str | None
     ids: tuple[int, ...]
+    script: str
+    split: str
 
 
 def choose_prompts(prompts: Iterable[Prompt], limit: int | None = None) -> list[Prompt]:
@@ -126,7 +131,7 @@ def plan_documents(
 
 def _document(prompt: Prompt, effort: str | None, ids: Sequence[int]) -> Document:
     name = prompt.doc_id if effort is None else f"{prompt.doc_id}-{effort}"
-    return Document(name, prompt.group_id, prompt.topic, prompt.lang, effort, tuple(ids))
+    return Document(name, prompt.group_id, prompt.topic, prompt.lang, effort, tuple(ids), prompt.script, prompt.split)
 
 
 def _chat_ids(prompt: Prompt, effort: str, tokenizer: Tokenizer, date: str, template: str | None) -> list[int]:

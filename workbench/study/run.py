@@ -14,6 +14,7 @@ from workbench.chat import label_tokens
 from workbench.io.prompts import LANGS, Prompt
 from workbench.io.run_files import Labels
 from workbench.io.runs import Run, RunWriter
+from workbench.io.token_class import places, token_classes, word_starts
 from workbench.io.tokens import Tokenizer
 from workbench.models import Llama
 from workbench.study.describe import describe_model, describe_prompts, describe_sitting, tokenizer_of
@@ -44,18 +45,19 @@ def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings
     watch = Stopwatch()
     with suitable_threads(model), RunWriter.open(out, identity, describe_sitting(model), len(batches)) as writer:
         for part in show_progress(writer.missing(), len(batches)):
-            writer.write(part, *measure(model, tokenizer, batches[part], settings.max_new_tokens, watch))
+            writer.write(part, *measure(model, tokenizer, batches[part], settings, watch))
         return writer.finish(watch.report())
 
 
 def measure(
-    model: Llama, tokenizer: Tokenizer, batch: Sequence[Document], max_new_tokens: int, watch: Stopwatch
-) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray, Labels]:
-    """One batch: (tokens, routing, expert load [lang segment layer expert], labels of the load's first axes)."""
+    model: Llama, tokenizer: Tokenizer, batch: Sequence[Document], settings: Settings, watch: Stopwatch
+) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray, Labels, np.ndarray | None]:
+    """One batch: (tokens, routing, expert load [lang segment layer expert], its labels, router logits if asked for)."""
     with watch("generation"):
-        answers = write_answers(model, [document.ids for document in batch], max_new_tokens)
+        answers = write_answers(model, [document.ids for document in batch], settings.max_new_tokens)
     with watch("capture"):
-        routing = capture_routing(model, [[*doc.ids, *answer] for doc, answer in zip(batch, answers, strict=True)])
+        sequences = [[*doc.ids, *answer] for doc, answer in zip(batch, answers, strict=True)]
+        routing = capture_routing(model, sequences, settings.router_logits, settings.norms)
     with watch("frames"):
         tokens = pl.concat([token_frame(doc, answer, tokenizer) for doc, answer in zip(batch, answers, strict=True)])
         labels: Labels = {"lang": list(LANGS), "segment": list(SEGMENTS), "layer": list(routing.layers)}
@@ -63,26 +65,28 @@ def measure(
             (LANGS.index(lang), SEGMENTS.index(segment)) for lang, segment in tokens.select("lang", "segment").rows()
         ]
         load = routing.load(cells, (len(LANGS), len(SEGMENTS)))
-        return tokens, routing.frame(tokens["doc_id"].to_list(), tokens["pos"].to_list()), load, labels
+        frame = routing.frame(tokens["doc_id"].to_list(), tokens["pos"].to_list())
+        return tokens, frame, load, labels, routing.router_logits
 
 
 def token_frame(document: Document, answer: Sequence[int], tokenizer: Tokenizer) -> pl.DataFrame:
     """One row per token of a conversation, with axes.TOKEN_COLUMNS; `answer` are the ids that the model wrote."""
     ids = [*document.ids, *answer]
-    return (
-        pl.DataFrame(
-            {
-                "doc_id": document.doc_id,
-                "group_id": document.group_id,
-                "topic": document.topic,
-                "lang": document.lang,
-                "pos": range(len(ids)),
-                "token_id": ids,
-                "token": tokenizer.to_str_tokens(ids),
-                "segment": label_tokens(ids, tokenizer),
-                "phase": ["prefill"] * len(document.ids) + ["decode"] * len(answer),
-            }
-        )
-        .with_columns(effort=pl.lit(document.effort, dtype=pl.String))
-        .select(TOKEN_COLUMNS)
-    )
+    tokens = pl.DataFrame(
+        {
+            "doc_id": document.doc_id,
+            "group_id": document.group_id,
+            "split": document.split,
+            "topic": document.topic,
+            "lang": document.lang,
+            "script": document.script,
+            "pos": range(len(ids)),
+            "token_id": ids,
+            "token": tokenizer.to_str_tokens(ids),
+            "token_class": token_classes(ids, tokenizer),
+            "word_initial": word_starts(ids, tokenizer),
+            "segment": label_tokens(ids, tokenizer),
+            "phase": ["prefill"] * len(document.ids) + ["decode"] * len(answer),
+        }
+    ).with_columns(effort=pl.lit(document.effort, dtype=pl.String))
+    return tokens.hstack(places(tokens["segment"])).select(TOKEN_COLUMNS)
