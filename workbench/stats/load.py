@@ -47,8 +47,7 @@ def _count(rows: pl.DataFrame, place: Ints, where: pl.DataFrame, n_units: int) -
     """Columns unit, layer, expert, slots: one pass of counting over flat integers, in parts that fit in memory."""
     unit, weight = where["unit"].to_numpy(), where["weight"].to_numpy()
     weighted = bool((weight != 1).any())
-    n_layers = int(rows["layer"].max() or 0) + 1  # type: ignore[call-overload]
-    n_experts = int(rows["expert_ids"].list.max().max() or 0) + 1  # type: ignore[call-overload]
+    n_layers, n_experts = (_largest(column) + 1 for column in (rows["layer"], rows["expert_ids"].list.max()))
     totals = np.zeros(n_units * n_layers * n_experts)
     for start in range(0, len(rows), PART):
         part, at = rows[start : start + PART], place[start : start + PART]
@@ -61,6 +60,10 @@ def _count(rows: pl.DataFrame, place: Ints, where: pl.DataFrame, n_units: int) -
     names = zip(("unit", "layer", "expert"), np.unravel_index(found, (n_units, n_layers, n_experts)), strict=True)
     slots = pl.Series(totals[found]).cast(pl.Float64 if weighted else pl.Int64)
     return pl.DataFrame({**dict(names), "slots": slots})
+
+
+def _largest(numbers: pl.Series) -> int:
+    return int(numbers.to_numpy().max(initial=0))
 
 
 def expert_load(counts: pl.DataFrame, by: Sequence[str], n_experts: int) -> pl.DataFrame:

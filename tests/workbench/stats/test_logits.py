@@ -19,11 +19,11 @@ def test_a_constant_added_to_all_logits_changes_nothing() -> None:
 
 
 def test_means_by_hand_over_shards_with_weights(words) -> None:
-    tokens, _, [(_, layers, logits)] = words(n_groups=3, n_tokens=7)
-    halves = [(tokens[:20], layers, logits[:20]), (tokens[20:], layers, logits[20:])]
+    tokens, _, [(_, layers, logits)] = words(n_groups=3, n_tokens=40)
+    halves = [(tokens[:90], layers, logits[:90]), (tokens[90:], layers, logits[90:])]
     matched = match_tokens(tokens, "lang", BOTH)
     cells = logit_cells(halves, matched, ["group_id", "lang"])
-    place = tokens.with_row_index("row").join(matched, on=["doc_id", "pos"])
+    place = tokens.with_row_index("row").join(matched.select("doc_id", "pos", "weight"), on=["doc_id", "pos"])
     unit = place.filter(pl.col("group_id") == "0001", pl.col("lang") == "ja")
     rows, weight = unit["row"].to_numpy(), unit["weight"].to_numpy()
     expected = (centred(logits)[rows, 0] * weight[:, None]).sum(0) / weight.sum()
