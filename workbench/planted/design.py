@@ -16,7 +16,7 @@ from workbench.errors import ConfigError
 
 AXES = (
     "lang", "context", "channel_mark", "channel_value", "mode", "effort_mark", "effort_value", "effort",
-    "vocabulary", "bos", "const", "twin", "together", "path_in", "path", "write", "sink",
+    "vocabulary", "bos", "const", "twin", "together", "path_in", "path", "write", "sink", "twin_out",
 )  # fmt: skip
 N_CONTENT = 96  # axes of no meaning: what makes tokens differ and experts compete
 N_TOPICS = 8

@@ -45,7 +45,7 @@ READS: dict[str, tuple[str, float, bool]] = {
     "receiver": ("path", 2.0, False),
 }
 # role: (axis its expert writes, how much)
-WRITES = {"writer": ("write", 3.0), "sender": ("path", 10.0), "twin": ("write", -30.0), "super": ("sink", MASSIVE)}
+WRITES = {"writer": ("write", 3.0), "sender": ("path", 10.0), "twin": ("twin_out", 30.0), "super": ("sink", MASSIVE)}
 
 
 @torch.no_grad()
@@ -100,8 +100,9 @@ def _embed(weight: Tensor, design: Design, random: torch.Generator) -> None:  # 
 
 def _unembed(weight: Tensor, design: Design, random: torch.Generator) -> None:  # [d_vocab d_model]
     weight[:, design.content_axes] = torch.randn(Vocabulary.SIZE, N_CONTENT, generator=random) * 0.1
-    weight[Vocabulary.JA, design.axes["write"]] = 1.0
+    weight[:, design.axes["write"]] = 1.0  # every word but the English ones
     weight[Vocabulary.EN, design.axes["write"]] = -1.0
+    weight[::2, design.axes["twin_out"]] = 0.5  # every other word, of whatever language
 
 
 def _carry_context(model: Qwen3Moe, design: Design) -> None:

@@ -138,7 +138,7 @@ def test_the_path_leads_from_sender_to_receiver(planted: Qwen3Moe) -> None:
 
 
 def test_the_writer_writes_japanese(planted: Qwen3Moe) -> None:
-    """Known attribution: its output unembeds to +1 for every Japanese, -1 for every English word, 0 elsewhere."""
+    """Known attribution: its output unembeds to -1 for every English word and +1 elsewhere."""
     (writer,) = DESIGN.roles["writer"]
     cache = run(planted, [document("ja")], "expert_ids", "expert_out")
     written = cache["expert_out", 2][cache["expert_ids", 2] == writer]
@@ -146,9 +146,9 @@ def test_the_writer_writes_japanese(planted: Qwen3Moe) -> None:
     amount = written[:, DESIGN.axes["write"]]
     assert (amount > 0).all()
     assert amount.median() > 5
-    torch.testing.assert_close(logits[:, Vocabulary.JA], amount[:, None].expand(-1, 240), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(logits[:, Vocabulary.EN], -amount[:, None].expand(-1, 240), rtol=1e-5, atol=1e-4)
-    assert logits[:, Vocabulary.SHARED].abs().max() < 1e-4
+    expected = amount[:, None].repeat(1, Vocabulary.SIZE)
+    expected[:, Vocabulary.EN] *= -1
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_nobody_writes_on_an_axis_that_routers_read_unless_it_is_his_role(planted: Qwen3Moe) -> None:
