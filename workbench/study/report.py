@@ -17,7 +17,8 @@ from workbench.plots.distributions import contrast_forest, divergence_curves, la
 from workbench.plots.heatmaps import contrast_map, load_map
 from workbench.plots.report import render_report
 from workbench.plots.theme import ordered
-from workbench.stats.contrasts import language_contrasts, language_divergence
+from workbench.stats.contrasts import language_contrasts
+from workbench.stats.divergence import language_divergence
 from workbench.stats.load import CONTENT_SEGMENTS, TEMPLATE_SEGMENTS, expert_load, load_balance, slot_counts
 from workbench.stats.summaries import layer_means, segment_lengths
 from workbench.study.examples import choose_examples
