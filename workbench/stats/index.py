@@ -8,6 +8,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from workbench.errors import FrameError
+
 Frame = pl.DataFrame | pl.LazyFrame
 Ints = NDArray[np.int64]
 
@@ -64,3 +66,39 @@ def id_matrix(lists: pl.Series) -> Ints:
     if lists.is_empty():
         return np.zeros((0, 0), dtype=np.int64)
     return lists.explode().to_numpy().reshape(len(lists), -1)
+
+
+def token_array(tokens: pl.DataFrame, routing: Frame, column: str = "expert_ids") -> tuple[list[int], np.ndarray]:
+    """A list column of the routing of these tokens, in their order: (layers, values [token layer k]).
+
+    Raises FrameError when a token is not routed in every layer that the routing has.
+    """
+    rows = routing.lazy().select("doc_id", "pos", "layer", column).collect()
+    place = locate(tokens.select("doc_id", "pos"), rows)
+    kept = rows.filter(pl.Series(place >= 0))
+    layers = kept["layer"].unique().sort().to_list()
+    depth = np.searchsorted(layers, kept["layer"].to_numpy())
+    values = id_matrix(kept[column])
+    found = np.zeros((len(tokens), max(len(layers), 1)), dtype=bool)
+    found[place[place >= 0], depth] = True
+    if len(kept) != len(tokens) * len(layers) or not found.all():
+        raise FrameError(
+            f"routing: expected one row per token and layer, {len(tokens)} x {len(layers)}, got {len(kept)}. "
+            "Pass the tokens and the routing of one run, without duplicates."
+        )
+    array = np.zeros((len(tokens), len(layers), values.shape[1]), dtype=values.dtype)
+    array[place[place >= 0], depth] = values
+    return layers, array
+
+
+def membership(ids: np.ndarray, n_experts: int) -> NDArray[np.bool_]:
+    """Which experts each token chose: [token k] -> [token expert]."""
+    member = np.zeros((len(ids), n_experts), dtype=bool)
+    np.put_along_axis(member, ids.astype(np.int64), True, axis=1)
+    return member
+
+
+def codes(values: pl.Series | pl.DataFrame) -> Ints:
+    """Equal rows get equal numbers, from 0 without gaps; null counts as a value."""
+    frame = values.to_frame() if isinstance(values, pl.Series) else values
+    return frame.select(pl.struct(pl.all()).rank("dense")).to_series().cast(pl.Int64).to_numpy() - 1
