@@ -61,6 +61,21 @@ def report(arguments: argparse.Namespace) -> None:
     print(write_report(arguments.run_dir, arguments.seed))
 
 
+def calibrate(arguments: argparse.Namespace) -> None:
+    """Score the pipeline on planted checkpoints of one shape."""
+    from workbench.planted import calibrate as planted
+    from workbench.plots.calibration import calibration_curves
+
+    shape = (arguments.experts, arguments.k)
+    scope = planted.quick(*shape) if arguments.quick else planted.Scope(*shape)
+    out = arguments.out or Path("runs") / f"calibration-{shape[0]}x{shape[1]}"
+    tables, floors = planted.calibrate(scope, out)
+    figure = calibration_curves(tables["accuracy"])
+    figure.write_html(out / "calibration.html", include_plotlyjs=True)
+    print(planted.summary(scope, tables, floors))
+    print(out / "calibration.html")
+
+
 def params(arguments: argparse.Namespace) -> None:
     """Print a model's parameter table."""
     from workbench.family import family_member, params_table
@@ -77,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     rebuild.add_argument("run_dir", metavar="DIR", type=Path)
     _add_seed(rebuild)
     rebuild.set_defaults(run=report)
+    _add_calibrate(commands.add_parser("calibrate", help="score the statistics on models with planted experts"))
     table = commands.add_parser("params", help="print the parameter table of a released model")
     table.add_argument("name", metavar="NAME")
     table.set_defaults(run=params)
@@ -100,6 +116,15 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     add("--norms", action="store_true", help="also measure how much each chosen expert adds")
     _add_seed(command)
     command.set_defaults(run=study)
+
+
+def _add_calibrate(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--experts", type=int, default=32, metavar="E", help="experts per layer (default: %(default)s)")
+    add("--k", type=int, default=4, metavar="K", help="experts per token (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="default: runs/calibration-ExK; an unfinished calibration is continued")
+    add("--quick", action="store_true", help="a minute instead of many, with wide intervals")
+    command.set_defaults(run=calibrate)
 
 
 def _add_seed(command: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ class Sheet:
 def language_documents(
     n_groups: int, n_words: int = 96, seed: int = 0, topics_differ: bool = False, fertility: float = 1.0
 ) -> pl.DataFrame:
-    """Each group in Japanese and in English, on the same topic; channels alternate over groups. A tokens frame.
+    """Each group in Japanese and in English, on the same topic and in the same channel. A tokens frame.
 
     topics_differ: the confound; Japanese keeps to the first half of the topics and English to the second.
     fertility: how many times more words Japanese needs for the same content.
@@ -49,11 +49,11 @@ def language_documents(
     rng = np.random.default_rng(seed)
     sheets = []
     for group in range(n_groups):
-        topic, half = int(rng.integers(N_TOPICS)), N_TOPICS // 2
+        topic, half, channel = int(rng.integers(N_TOPICS)), N_TOPICS // 2, MODES[int(rng.integers(2))]
         for lang in LANGUAGES:
             about = topic % half + half * (lang == "en") if topics_differ else topic
             n = round(n_words * fertility) if lang == "ja" else n_words
-            sheets.append(Sheet(group, lang, lang, about, MODES[group % 2], "medium", _words(lang, about, n, rng)))
+            sheets.append(Sheet(group, lang, lang, about, channel, "medium", _words(lang, about, n, rng)))
     return tokens_frame(sheets)
 
 
@@ -73,9 +73,10 @@ def null_documents(n_groups: int, n_words: int = 96, seed: int = 0) -> pl.DataFr
     sheets = []
     for group in range(n_groups):
         topic, written_in = int(rng.integers(N_TOPICS)), LANGUAGES[int(rng.integers(2))]
+        channel = MODES[int(rng.integers(2))]
         for lang in LANGUAGES:
             words = _words(written_in, topic, n_words, rng)
-            sheets.append(Sheet(group, lang, written_in, topic, MODES[group % 2], "medium", words))
+            sheets.append(Sheet(group, lang, written_in, topic, channel, "medium", words))
     return tokens_frame(sheets)
 
 
@@ -89,7 +90,7 @@ def _swapped(
 ) -> Iterable[Sheet]:
     rng = np.random.default_rng(seed)
     for group in range(n_groups):
-        topic, lang = int(rng.integers(N_TOPICS)), LANGUAGES[group % 2]
+        topic, lang = int(rng.integers(N_TOPICS)), LANGUAGES[int(rng.integers(2))]
         words = _words(lang, topic, n_words, rng)
         for channel in channels:
             for effort in efforts:
