@@ -140,6 +140,58 @@ def capture_routing(
     return Routing(layers, reader.n_experts, **found)
 
 
+@torch.inference_mode()
+def expert_peaks(model: Llama, sequences: Sequence[Sequence[int]]) -> pl.DataFrame:
+    """The largest absolute component of any output of every expert, before weighting: columns layer, expert, peak.
+
+    BOS and every other real token count; an expert that was never chosen has peak 0. Super experts stand out in it
+    (arXiv 2507.23279; `stats.contribution.super_experts`). Holds every expert output once in slot order.
+    """
+    layers = routed_layers(model)
+    peaks = torch.zeros(model.cfg.n_layers, getattr(model.cfg, "n_experts", 0))
+    real, chosen = torch.empty(0), torch.empty(0)
+
+    def read(tensor: Tensor, hook: HookPoint) -> None:
+        nonlocal chosen
+        at_tokens = tensor[real]
+        if hook.name.endswith("hook_expert_ids"):
+            chosen = at_tokens  # [token k]
+        else:
+            largest = at_tokens.float().abs().amax(-1).flatten().cpu()  # [token·k]
+            peaks[hook_layer(hook)].scatter_reduce_(0, chosen.flatten().cpu(), largest, "amax")
+
+    names = [f"blocks.{layer}.mlp.{point}" for layer in layers for point in ("hook_expert_ids", "hook_expert_out")]
+    tokens, mask = pad(sequences, left=False)
+    real = mask.bool().to(model.device)
+    with model.hooks(fwd_hooks=[(name, read) for name in names]):
+        model(tokens.to(model.device), mask.to(model.device), stop_at_layer=model.cfg.n_layers)
+    found = [(layer, expert, float(peak)) for layer in layers for expert, peak in enumerate(peaks[layer])]
+    return pl.DataFrame(found, schema=["layer", "expert", "peak"], orient="row")
+
+
+@torch.inference_mode()
+def router_inputs(model: Llama, doc_ids: Sequence[str], sequences: Sequence[Sequence[int]]) -> pl.DataFrame:
+    """Mean router input of each sequence: columns doc_id, layer, mean_in (list of d_model), for `geometry_baseline`."""
+    layers = routed_layers(model)
+    tokens, mask = pad(sequences, left=False)
+    real = mask.to(model.device)
+    means: dict[int, Tensor] = {}
+
+    def read(tensor: Tensor, hook: HookPoint) -> None:  # [batch pos d_model]
+        summed = (tensor.float() * real[..., None]).sum(1)
+        means[hook_layer(hook)] = (summed / real.sum(1, keepdim=True)).cpu()
+
+    with model.hooks(fwd_hooks=[(f"blocks.{layer}.ln2.hook_normalized", read) for layer in layers]):
+        model(tokens.to(model.device), real, stop_at_layer=model.cfg.n_layers)
+    rows = [(doc_id, layer, means[layer][row].tolist()) for row, doc_id in enumerate(doc_ids) for layer in layers]
+    return pl.DataFrame(rows, schema=["doc_id", "layer", "mean_in"], orient="row")
+
+
+def hook_layer(hook: HookPoint) -> int:
+    """The layer of a hook point of a block."""
+    return int(hook.name.split(".")[1])
+
+
 class _RouterReader:
     """A hook that keeps, layer after layer, what a Routing holds, at real tokens only."""
 

@@ -10,9 +10,11 @@ import torch
 from workbench.axes import ROUTING_COLUMNS
 from workbench.capture import (
     capture_routing,
+    expert_peaks,
     pad,
     routed_layers,
     router_entropy,
+    router_inputs,
     router_margin,
     suitable_threads,
     weights_hash,
@@ -149,3 +151,23 @@ def test_the_weights_hash_tells_models_apart_and_nothing_else(moe: Qwen3Moe) -> 
     with torch.no_grad():
         moe.blocks[2].mlp.router.weight[3, 4] += 1e-3
     assert weights_hash(moe) != weights_hash(init_weights(build_model(moe.cfg), seed=1, std=0.2))
+
+
+def test_peaks_are_the_largest_components_of_expert_outputs(moe: Qwen3Moe) -> None:
+    peaks = expert_peaks(moe, SEQUENCES)
+    assert peaks["layer"].unique().to_list() == [0, 2]
+    largest = np.zeros(8)
+    for sequence in SEQUENCES:
+        _, cache = moe.run_with_cache(torch.tensor([sequence]), names_filter=lambda name: True)
+        ids, out = cache["blocks.2.mlp.hook_expert_ids"][0], cache["blocks.2.mlp.hook_expert_out"][0]
+        for chosen, value in zip(ids.flatten(), out.abs().amax(-1).flatten(), strict=True):
+            largest[chosen] = max(largest[chosen], float(value))
+    np.testing.assert_allclose(peaks.filter(pl.col("layer") == 2)["peak"], largest, rtol=1e-4)
+
+
+def test_router_inputs_are_means_over_real_tokens(moe: Qwen3Moe) -> None:
+    frame = router_inputs(moe, ["a", "b", "c"], SEQUENCES)
+    _, cache = moe.run_with_cache(torch.tensor(SEQUENCES[2:]))
+    mine = frame.filter(pl.col("doc_id") == "c", pl.col("layer") == 2)["mean_in"].to_list()[0]
+    np.testing.assert_allclose(mine, cache["blocks.2.ln2.hook_normalized"][0].mean(0), atol=1e-5)
+    assert len(frame) == 6

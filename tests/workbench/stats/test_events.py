@@ -9,8 +9,8 @@ from workbench.stats.events import channel_changes, event_average, sentence_star
 
 def conversation(pieces: list[str], doc: str = "a") -> pl.DataFrame:
     return pl.DataFrame({"token": pieces}).with_columns(
-        doc_id=pl.lit(doc), group_id=pl.lit(doc), pos=pl.int_range(pl.len(), dtype=pl.Int32), segment=pl.lit("analysis"),
-        segment_index=pl.lit(0), pos_in_segment=pl.int_range(pl.len(), dtype=pl.Int32),
+        doc_id=pl.lit(doc), group_id=pl.lit(doc), pos=pl.int_range(pl.len(), dtype=pl.Int32),
+        segment=pl.lit("analysis"), segment_index=pl.lit(0), pos_in_segment=pl.int_range(pl.len(), dtype=pl.Int32),
     )  # fmt: skip
 
 
@@ -25,31 +25,7 @@ def test_channel_changes_are_the_first_tokens_of_channels() -> None:
 
 
 def test_sentences_and_switches_in_both_languages() -> None:
-    tokens = conversation(
-        [
-            "2",
-            "+",
-            "3",
-            ".",
-            "5",
-            " is",
-            " it",
-            ".",
-            " Wait",
-            ",",
-            " no",
-            ".",
-            " So",
-            "。",
-            "しか",
-            "し",
-            "違う",
-            "。",
-            "答え",
-            "は",
-            "5",
-        ]
-    )
+    tokens = conversation("2|+|3|.|5| is| it|.| Wait|,| no|.| So|。|しか|し|違う|。|答え|は|5".split("|"))
     starts = sentence_starts(tokens)
     assert starts["pos"].to_list() == [8, 12, 14, 18]  # 3.5 is no end of a sentence
     events, others = thought_switches(tokens)
