@@ -149,7 +149,7 @@ def super_experts(
     return peaks.with_columns(
         ratio=pl.col("peak") / pl.col("peak").median().over("layer"),
         threshold=pl.lit(threshold),
-        super=(pl.col("peak") > threshold) & pl.col("layer").is_in(early),
+        super=(pl.col("peak") > threshold) & pl.col("layer").is_in(early.to_list()),
     ).sort("peak", descending=True)
 
 

@@ -32,11 +32,11 @@ def test_the_matching_is_one_to_one_where_the_nearest_row_is_not() -> None:
     assert match_experts(first, second)["matched"].to_list() == [0, 1]
 
 
-def test_overlap_interval_and_null(words) -> None:
+def test_overlap_interval_and_null(words, routed) -> None:
     tokens, first, _ = words(seed=0)
     same = routing_drift(tokens, first, first).row(0, named=True)
     assert [same[name] for name in ("overlap", "low", "high", "first_same")] == pytest.approx([1] * 4)
-    _, other, _ = words(seed=1)
+    _, other, _ = routed(tokens, np.random.default_rng(9).normal(size=(len(tokens), 1, 16)), 2)
     independent = routing_drift(tokens, first, other).row(0, named=True)
     assert independent["overlap"] == pytest.approx(independent["null"], abs=0.02)
     assert (independent["n_groups"], independent["n_tokens"]) == (30, len(tokens))
