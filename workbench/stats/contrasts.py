@@ -13,7 +13,7 @@ import polars as pl
 
 from workbench.axes import LANGUAGES
 from workbench.stats.load import frequency_cube, unit_cube
-from workbench.stats.resampling import Floats, bootstrap_mean, sign_flip_max_t
+from workbench.stats.resampling import Floats, sign_flip_max_t, t_interval
 
 
 def language_contrasts(counts: pl.DataFrame, n_experts: int, n_resamples: int = 2000, seed: int = 0) -> pl.DataFrame:
@@ -38,7 +38,7 @@ def paired_contrasts(
 
     risk_difference = mean over units of f_first - f_second, f being the share of a unit's tokens that chose the expert
     (SteerMoE, arXiv 2509.09660, made paired, with the group as the unit). It lies in [-1, 1] and sums to 0 over
-    the experts of a layer, so one expert's gain forces losses elsewhere. low, high: 95% bootstrap over units.
+    the experts of a layer, so one expert's gain forces losses elsewhere. low, high: 95%, Student's t over units.
     t, p_adjusted: sign flips over units, max-T over every layer and expert. Null: swapping the conditions of a unit
     changes nothing. Other columns: f_<value> for both, n_groups, n_tokens (in both conditions), n_tests.
 
@@ -91,7 +91,7 @@ def _paired(cube: Floats, n_resamples: int, seed: int) -> tuple[Floats, dict[str
     if not cube.shape[1]:
         cube = np.full((2, 1, *cube.shape[2:]), np.nan)
     differences = (cube[0] - cube[1]).reshape(cube.shape[1], -1)
-    low, high = bootstrap_mean(differences, n_resamples, seed)
+    low, high = t_interval(differences)
     t, p_adjusted = sign_flip_max_t(differences, n_resamples, seed)
     return differences, {"low": low, "high": high, "t": t, "p_adjusted": p_adjusted}
 

@@ -35,6 +35,21 @@ def bootstrap_mean(values: Floats, n_resamples: int = 2000, seed: int = 0) -> tu
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
+def t_interval(values: Floats) -> tuple[Floats, Floats]:
+    """95% interval of the mean over units, by Student's t: `values` [unit ...] -> (low, high) of shape [...].
+
+    For means of paired differences: on planted models with 40 groups it holds the true effect 95% of the time where
+    the percentile bootstrap holds it 93% of the time (docs/calibration.md). NaN for fewer than 2 units.
+    """
+    n_units = values.shape[0]
+    if n_units < 2:
+        missing = np.full(values.shape[1:], np.nan)
+        return missing, missing.copy()
+    mean = values.mean(0)
+    half_width = student_t.ppf(0.975, n_units - 1) * values.std(0, ddof=1) / np.sqrt(n_units)
+    return mean - half_width, mean + half_width
+
+
 def sign_flip_max_t(differences: Floats, n_flips: int = 5000, seed: int = 0) -> tuple[Floats, Floats]:
     """Paired t statistics and p values adjusted for the whole family of tests at once.
 

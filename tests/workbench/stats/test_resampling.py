@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workbench.stats.resampling import bootstrap_mean, jackknife_interval, sign_flip_max_t
+from workbench.stats.resampling import bootstrap_mean, jackknife_interval, sign_flip_max_t, t_interval
 
 
 def test_bootstrap_interval_covers_the_true_mean_in_about_95_percent_of_draws() -> None:
@@ -79,3 +79,11 @@ def test_jackknife_of_the_mean_is_the_standard_error() -> None:
     error = values.std(ddof=1) / np.sqrt(5)
     assert estimate[0] == values.mean()
     assert high[0] - low[0] == pytest.approx(2 * 1.96 * error, rel=1e-4)
+
+def test_t_interval_is_the_textbook_one() -> None:
+    values = np.array([[1.0, 0.0], [2.0, 0.0], [4.0, 0.0], [5.0, 0.0]])
+    low, high = t_interval(values)
+    half_width = 3.182446 * np.sqrt(10 / 3) / 2  # t of 3 degrees of freedom
+    np.testing.assert_allclose(low, [3 - half_width, 0], rtol=1e-6)
+    np.testing.assert_allclose(high, [3 + half_width, 0], rtol=1e-6)
+    assert np.isnan(t_interval(values[:1])).all()
