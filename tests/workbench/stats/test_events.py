@@ -25,31 +25,8 @@ def test_channel_changes_are_the_first_tokens_of_channels() -> None:
 
 
 def test_sentences_and_switches_in_both_languages() -> None:
-    tokens = conversation(
-        [
-            "2",
-            "+",
-            "3",
-            ".",
-            "5",
-            " is",
-            " it",
-            ".",
-            " Wait",
-            ",",
-            " no",
-            ".",
-            " So",
-            "。",
-            "しか",
-            "し",
-            "違う",
-            "。",
-            "答え",
-            "は",
-            "5",
-        ]
-    )
+    first = ["2", "+", "3", ".", "5", " is", " it", ".", " Wait", ",", " no", ".", " So", "。"]
+    tokens = conversation([*first, "しか", "し", "違う", "。", "答え", "は", "5"])
     starts = sentence_starts(tokens)
     assert starts["pos"].to_list() == [8, 12, 14, 18]  # 3.5 is no end of a sentence
     events, others = thought_switches(tokens)
