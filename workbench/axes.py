@@ -21,7 +21,7 @@ SPLITS = ("discovery", "validation")
 
 # One row per token.  doc_id is unique per rendered sequence, group_id is shared by what says the same thing
 # (both languages, all efforts); script is the writing of the prompt ("std", "romaji", ...); phase is "prefill" for what
-# was given to the model and "decode" for what it wrote.  segment_index numbers the runs of one segment within a sequence,
+# was given to the model and "decode" for what it wrote.  segment_index numbers the runs of one segment in a sequence,
 # pos_in_segment the tokens within such a run, both from 0; word_initial is False where a token continues a word.
 TOKEN_COLUMNS = (
     "doc_id",

@@ -104,10 +104,8 @@ def main() -> None:
     parser.add_argument("--pandas-share", type=int, default=20, help="pandas gets one part in this many (default: 20)")
     arguments = parser.parse_args()
     shape = (arguments.layers, arguments.experts, arguments.k)
-    print(
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{machine}; python {platform.python_version()}")
-    )
     print(f"polars {pl.__version__}, pandas {pd.__version__}, numpy {np.__version__}; E={shape[1]}, k={shape[2]}")
     with tempfile.TemporaryDirectory() as name:
         whole, part = Path(name) / "whole", Path(name) / "part"
@@ -121,10 +119,8 @@ def main() -> None:
         both = {"workbench": lambda: with_workbench(part), "pandas": lambda: with_pandas(part)}
         times = interleaved(both, arguments.repeats)
         ratio = times["pandas"] / times["workbench"]
-        print(
         seconds = ", ".join(f"{name} {value:.2f} s" for name, value in times.items())
         print(f"both, {few:,} token-layers: {seconds}, ratio {ratio:.1f}")
-        )
 
 
 if __name__ == "__main__":
