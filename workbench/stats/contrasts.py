@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from workbench.axes import LANGUAGES
-from workbench.stats.load import frequency_cube, unit_cube
+from workbench.stats.load import frequency_cube, n_tokens_of, unit_cube
 from workbench.stats.resampling import Floats, sign_flip_max_t, t_interval
 
 
@@ -57,7 +57,7 @@ def paired_contrasts(
             "risk_difference": _mean(difference),
             **interval,
             "n_groups": np.full(n_tests, len(groups)),
-            "n_tokens": np.full(n_tests, _n_tokens(counts, groups, axis, values, unit)),
+            "n_tokens": np.full(n_tests, n_tokens_of(counts, groups, axis, values, unit)),
             "n_tests": np.full(n_tests, n_tests),
         }
     )
@@ -118,8 +118,3 @@ def _logit_contrasts(
 def _mean(values: Floats) -> Floats:
     """Mean over units; NaN, without a warning, where there are none."""
     return values.mean(0) if len(values) else np.full(values.shape[1:], np.nan)
-
-
-def _n_tokens(counts: pl.DataFrame, groups: Sequence[str], axis: str, values: Sequence[str], unit: str) -> int:
-    kept = counts.filter(pl.col(unit).is_in(list(groups)), pl.col(axis).is_in(list(values)))
-    return int(kept.unique([unit, axis])["n_tokens"].sum())

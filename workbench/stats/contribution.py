@@ -19,7 +19,7 @@ import polars as pl
 from workbench.errors import FrameError
 from workbench.stats.index import Frame, Ints, codes, token_array
 from workbench.stats.load import CONTENT_SEGMENTS
-from workbench.stats.resampling import Floats, block_jackknife, bootstrap_mean, sign_flip_max_t
+from workbench.stats.resampling import Floats, block_jackknife, sign_flip_max_t, t_interval
 from workbench.stats.specialisation import specialisation
 
 
@@ -101,9 +101,9 @@ def attribution_summary(
     """Mean direct logit attribution of every expert to every target: one row per target, layer and expert.
 
     dla: see the module's head. Columns target, layer, expert, mean (over a unit's tokens, an expert that was not chosen
-    adding 0, then over units), when_chosen (mean over the tokens that chose it), low, high (95% bootstrap over units),
-    t, p_adjusted (sign flips, max-T over all rows), n_chosen, n_units, n_tests. Null: 0. Only the direct path: what
-    later layers make of an output is not in it.
+    adding 0, then over units), when_chosen (mean over the tokens that chose it), low, high (95%, Student's t over
+    units), t, p_adjusted (sign flips, max-T over all rows), n_chosen, n_units, n_tests. Null: 0. Only the direct path:
+    what later layers make of an output is not in it.
     """
     labels = tokens.lazy().select("doc_id", "pos", unit).collect()
     measured = dla.select("doc_id", "pos").unique().join(labels, on=["doc_id", "pos"])
@@ -121,7 +121,7 @@ def attribution_summary(
     shape = (len(cells), len(sizes))
     total, chosen, n = (full[name].to_numpy().reshape(shape).astype(np.float64) for name in ("total", "chosen", "n"))
     means = (total / n).T  # [unit cell]
-    low, high = bootstrap_mean(means, n_resamples, seed)
+    low, high = t_interval(means)
     t, p_adjusted = sign_flip_max_t(means, n_resamples, seed)
     return cells.with_columns(
         mean=pl.Series(means.mean(0)), when_chosen=pl.Series(_ratio(total.sum(1), chosen.sum(1))),

@@ -13,7 +13,7 @@ import polars as pl
 from scipy.stats import hypergeom
 
 from workbench.axes import LANGUAGES
-from workbench.stats.load import unit_cube
+from workbench.stats.load import n_tokens_of, unit_cube
 from workbench.stats.resampling import Floats, jackknife_interval
 
 Measure = Callable[[Floats, Floats], Floats]
@@ -81,7 +81,8 @@ def paired_divergence(
     D(first of A, first of B) and D(second of A, second of B). Both compare n/2 units with n/2 other units, so sampling
     noise and difference of content enter both alike and cancel in `excess` = between - floor, all averaged over
     `n_splits`. Intervals: jackknife over units. Null: excess 0, the conditions make no difference beyond different
-    content. The floor is this project's. Fewer than 4 paired units give NaN.
+    content. Also n_tokens (in both conditions) and n_tests (layers, each judged by itself). The floor is this
+    project's. Fewer than 4 paired units give NaN.
     """
     units, layers, cube = unit_cube(cells, axis, values, n_experts, value, unit)
     n_units, n_layers = len(units), len(layers)
@@ -92,7 +93,9 @@ def paired_divergence(
         estimate, low, high = jackknife_interval(_split_divergence(cube, halves, MEASURES[measure]), n_units)
         numbers = np.stack((estimate, low, high), axis=1).reshape(-1, n_layers)
     columns = dict(zip(DIVERGENCE_COLUMNS, numbers, strict=True))
-    return pl.DataFrame({"layer": layers, **columns, "n_groups": np.full(n_layers, n_units)})
+    n_tokens = n_tokens_of(cells, units, axis, values, unit)
+    counted = {"n_groups": n_units, "n_tokens": n_tokens, "n_tests": n_layers}
+    return pl.DataFrame({"layer": layers, **columns, **{name: np.full(n_layers, n) for name, n in counted.items()}})
 
 
 def language_divergence(counts: pl.DataFrame, n_experts: int, n_splits: int = 40, seed: int = 0) -> pl.DataFrame:

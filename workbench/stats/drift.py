@@ -17,7 +17,7 @@ from workbench.errors import FrameError
 from workbench.stats.dynamics import shared_experts
 from workbench.stats.index import Frame, Ints, codes, token_array
 from workbench.stats.load import CONTENT_SEGMENTS
-from workbench.stats.resampling import Floats, bootstrap_mean
+from workbench.stats.resampling import Floats, t_interval
 
 Rows = Mapping[int, NDArray[np.floating]]  # layer -> router weight [expert d_model]
 MARGIN_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -82,13 +82,11 @@ def routing_drift(
     second: Frame,
     matches: pl.DataFrame | None = None,
     segments: Sequence[str] = CONTENT_SEGMENTS,
-    n_resamples: int = 2000,
-    seed: int = 0,
 ) -> pl.DataFrame:
     """Share of the k experts that two checkpoints choose alike on the same tokens: one row per layer.
 
     first, second: routing frames of the two, on the same token ids; matches: `match_experts` of their routers, else
-    numbers are taken as they are. Columns layer, overlap, low, high (95% bootstrap over groups), null (two independent
+    numbers are taken as they are. Columns layer, overlap, low, high (95%, t over groups), null (two independent
     choices with the layers' loads: sum of f f' / k), first_same, n_tokens, n_groups. Router saturation of arXiv
     2409.02060. Its ceiling is no 1: run one checkpoint twice with another batch shape or dtype and read the drift
     beside that. Raises FrameError when either lacks a token.
@@ -97,7 +95,7 @@ def routing_drift(
     layers, ids = _aligned(kept, first, second, matches)
     overlap = shared_experts(ids[0], ids[1]) / ids[0].shape[2]  # [token layer]
     per_group = _group_means(overlap, codes(kept["group_id"]))
-    low, high = bootstrap_mean(per_group, n_resamples, seed)
+    low, high = t_interval(per_group)
     n_experts = int(max(part.max(initial=0) for part in ids)) + 1
     f = [
         np.stack([np.bincount(part[:, place].ravel(), minlength=n_experts) for place in range(len(layers))])
@@ -170,13 +168,11 @@ def margin_flips(
     second: Frame,
     edges: Sequence[float] = MARGIN_EDGES,
     segments: Sequence[str] = CONTENT_SEGMENTS,
-    n_resamples: int = 2000,
-    seed: int = 0,
 ) -> pl.DataFrame:
     """How often two runs choose other experts, by how narrow the choice was in the first: one row per layer and bin.
 
     Columns layer, margin (lower edge of the bin, in logits), flips (share of tokens whose set of experts differs), low,
-    high (95% bootstrap over groups), n_tokens, n_groups. Numerical noise flips small margins only; flips at large ones
+    high (95%, t over groups), n_tokens, n_groups. Numerical noise flips small margins only; flips at large ones
     are a different computation. Null: 0, the runs are the same.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
@@ -192,7 +188,7 @@ def margin_flips(
             at = bins == number
             present, owner = np.unique(group[at], return_inverse=True)
             share = np.bincount(owner, flips[at, place]) / np.bincount(owner)
-            low, high = bootstrap_mean(share, n_resamples, seed)
+            low, high = t_interval(share)
             numbers = (float(share.mean()), float(low), float(high), int(at.sum()), len(present))
             rows.append((layer, float(edges[number]), *numbers))
     names = ["layer", "margin", "flips", "low", "high", "n_tokens", "n_groups"]

@@ -9,7 +9,7 @@ import polars as pl
 
 from workbench.stats.index import Frame, Ints, codes, membership, token_array
 from workbench.stats.load import CONTENT_SEGMENTS
-from workbench.stats.resampling import Floats, block_jackknife, bootstrap_mean
+from workbench.stats.resampling import Floats, block_jackknife, t_interval
 
 
 def shared_experts(first: np.ndarray, second: np.ndarray) -> Ints:  # [... k] twice -> [...]
@@ -22,13 +22,12 @@ def persistence(
     routing: Frame,
     n_experts: int,
     segments: Sequence[str] = CONTENT_SEGMENTS,
-    n_resamples: int = 2000,
     seed: int = 0,
 ) -> pl.DataFrame:
     """Does the next token go to the same experts? One row per layer.
 
     Columns layer, overlap (mean share of the k experts that neighbouring tokens of a document have in common), low,
-    high (95% bootstrap over groups), first (share whose first expert is the same, arXiv 2401.04088 table 5), load_null
+    high (95%, t over groups), first (share whose first expert is the same, arXiv 2401.04088 table 5), load_null
     (sum of f^2 / k: independent draws from the layer's load), word_overlap and word_null, n_pairs, n_word_pairs,
     n_groups.
 
@@ -44,7 +43,7 @@ def persistence(
     overlap = shared_experts(here, after) / k  # [pair layer]
     group = codes(kept["group_id"])[left]
     per_group = _group_means(overlap, group)
-    low, high = bootstrap_mean(per_group, n_resamples, seed)
+    low, high = t_interval(per_group)
     matched, partner = _same_words_elsewhere(kept, left, np.random.default_rng(seed))
     swapped = shared_experts(ids[left[matched]], ids[partner + 1]) / k
     frequency = np.stack([membership(ids[:, place], n_experts).mean(0) for place in range(len(layers))])

@@ -9,7 +9,7 @@ import polars as pl
 
 from workbench.axes import CHANNELS
 from workbench.stats.index import Frame, locate
-from workbench.stats.resampling import bootstrap_mean, sign_flip_max_t
+from workbench.stats.resampling import sign_flip_max_t, t_interval
 
 # How a line of reasoning turns, after the labels of arXiv 2506.18167 and the anchors of 2505.14681.
 SWITCHES = (
@@ -77,7 +77,7 @@ def event_average(
     """Mean of a column around events, less that around control positions of the same groups: one row per layer, offset.
 
     values: doc_id, pos, layer and `value` (turnover or velocity of `dynamics.token_motion`, router_entropy of the
-    routing ...). Columns layer, offset (-reach .. reach), event, control, difference, low, high (95% bootstrap over
+    routing ...). Columns layer, offset (-reach .. reach), event, control, difference, low, high (95%, t over
     groups), t, p_adjusted (sign flips over groups, max-T over all layers and offsets), n_events, n_controls, n_groups,
     n_tests. Mean over a group's events first, then over groups that have both. Null: an event is like any control.
     """
@@ -97,7 +97,7 @@ def event_average(
     difference = event - control
     if n_groups == 0:
         return cells.with_columns(difference=pl.lit(None, dtype=pl.Float64))
-    low, high = bootstrap_mean(difference, n_resamples, seed)
+    low, high = t_interval(difference)
     t, p_adjusted = sign_flip_max_t(difference, n_resamples, seed)
     return cells.with_columns(
         event=pl.Series(event.mean(0)), control=pl.Series(control.mean(0)), difference=pl.Series(difference.mean(0)),
@@ -124,14 +124,12 @@ def timeline(
     segments: Sequence[str] = CHANNELS,
     n_bins: int = 10,
     by: Sequence[str] = (),
-    n_resamples: int = 2000,
-    seed: int = 0,
 ) -> pl.DataFrame:
     """A column along each channel from its beginning to its end: columns *by, segment, bin, layer, mean, low, high, ...
 
     Every run of a segment is cut into n_bins equal parts, so that answers of different lengths lie over each other (bin
     0 holds the first tenth); runs shorter than n_bins tokens are left out. Mean over a group's tokens, then over
-    groups, 95% bootstrap over groups; n_groups, n_tokens. A description: neighbouring bins hold different words.
+    groups, 95% by Student's t over groups; n_groups, n_tokens. A description: neighbouring bins hold different words.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     size = pl.len().over("doc_id", "segment_index")
@@ -143,7 +141,7 @@ def timeline(
     units = joined.group_by(*keys, "layer", "group_id").agg(pl.col(value).mean(), n_tokens=pl.len())
     rows = []
     for key, part in units.sort("group_id").group_by(*keys, "layer", maintain_order=True):
-        low, high = bootstrap_mean(part[value].to_numpy(), n_resamples, seed)
+        low, high = t_interval(part[value].to_numpy())
         rows.append((*key, float(part[value].mean()), float(low), float(high), len(part), int(part["n_tokens"].sum())))  # type: ignore[arg-type]
     names = {name: units.schema[name] for name in (*keys, "layer")}
     numbers = {"mean": pl.Float64, "low": pl.Float64, "high": pl.Float64, "n_groups": pl.Int64, "n_tokens": pl.Int64}

@@ -141,3 +141,9 @@ def unit_cube(
         row, layer, expert = (part[name].cast(pl.Int64).to_numpy() for name in ("row", "layer", "expert"))
         cube[place, row, layer, expert] = part["value"].to_numpy()
     return index[unit].to_list(), layers, cube
+
+
+def n_tokens_of(cells: pl.DataFrame, units: Sequence[str], axis: str, values: Sequence[str], unit: str) -> int:
+    """How many tokens the cells of these units and conditions rest on."""
+    kept = cells.filter(pl.col(unit).is_in(list(units)), pl.col(axis).is_in(list(values)))
+    return int(kept.unique([unit, axis])["n_tokens"].sum())

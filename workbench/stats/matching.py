@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import polars as pl
 
 from workbench.stats.load import CONTENT_SEGMENTS, Frame
+from workbench.stats.resampling import t_interval
 
 POSITION_EDGES = (1, 4, 16, 64, 256, 1024, 4096)
 
@@ -102,3 +104,33 @@ def matching_summary(tokens: Frame, matched: pl.DataFrame, axis: str, unit: str 
         n_units="n_units_tokens",
         n_units_kept=pl.col("n_units_kept").fill_null(0),
     ).sort(axis)
+
+
+def fertility(
+    tokens: Frame, axis: str, values: Sequence[str], unit: str = "group_id", segments: Sequence[str] = ("user",)
+) -> pl.DataFrame:
+    """How many tokens each condition needs for the same content: one row about the pair.
+
+    Columns first, second (mean tokens per unit), ratio (geometric mean over units of first / second), low, high (95%,
+    Student's t of its logarithm), chars_per_token_first, chars_per_token_second, n_groups. A tokenizer that cuts
+    Japanese finer gives it more, and more repetitive, tokens: contrasts weigh units and not tokens for that reason.
+    """
+    kept = select_tokens(tokens, segments).filter(pl.col(axis).is_in(list(values)))
+    sizes = kept.group_by(unit, axis).agg(n=pl.len(), chars=pl.col("token").str.strip_chars().str.len_chars().sum())
+    first, second = (sizes.filter(pl.col(axis) == value).drop(axis) for value in values)
+    both = first.join(second, on=unit, suffix="_second").sort(unit)
+    n, n_second, chars, chars_second = (both[name].to_numpy() for name in ("n", "n_second", "chars", "chars_second"))
+    logs = np.log(n / n_second)
+    low, high = t_interval(logs)
+    return pl.DataFrame(
+        {
+            "first": [float(n.mean())],
+            "second": [float(n_second.mean())],
+            "ratio": [float(np.exp(logs.mean()))],
+            "low": [float(np.exp(low))],
+            "high": [float(np.exp(high))],
+            "chars_per_token_first": [chars.sum() / max(n.sum(), 1)],
+            "chars_per_token_second": [chars_second.sum() / max(n_second.sum(), 1)],
+            "n_groups": [len(both)],
+        }
+    )

@@ -118,6 +118,23 @@ def block_jackknife(
     return estimate, estimate - half_width, estimate + half_width
 
 
+def welch_interval(first: Floats, second: Floats) -> tuple[Floats, Floats]:
+    """95% interval of the difference of two means over different units: [unit ...] twice -> (low, high) [...].
+
+    Welch's t with Satterthwaite's degrees of freedom (Welch 1947). NaN when a side has fewer than 2 units.
+    """
+    if min(len(first), len(second)) < 2:
+        missing = np.full(first.shape[1:], np.nan)
+        return missing, missing.copy()
+    errors = [side.var(0, ddof=1) / len(side) for side in (first, second)]
+    total = errors[0] + errors[1]
+    parts = sum(error**2 / (len(side) - 1) for error, side in zip(errors, (first, second), strict=True))
+    freedom = np.divide(total**2, parts, out=np.ones_like(total), where=parts > 0)
+    half_width = student_t.ppf(0.975, freedom) * np.sqrt(total)
+    difference = first.mean(0) - second.mean(0)
+    return difference - half_width, difference + half_width
+
+
 def permutation_max_t(
     values: Floats,
     labels: NDArray[np.bool_],

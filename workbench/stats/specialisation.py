@@ -9,7 +9,7 @@ import polars as pl
 
 from workbench.stats.index import Frame, Ints, codes, token_array
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
-from workbench.stats.resampling import Floats, bootstrap_mean, permutation_max_t, sign_flip_max_t
+from workbench.stats.resampling import Floats, permutation_max_t, sign_flip_max_t, t_interval, welch_interval
 
 ROLES = ("input", "next")
 
@@ -31,12 +31,11 @@ def specialisation(
     high (95%), log2_ratio (with half a slot added to both, Jeffreys), t, p_adjusted, design, n_units, n_tokens,
     n_tests.
 
-    design "within": units that hold both kinds of token are compared with themselves (sign flips; bootstrap of the
-    mean). "between": units hold one kind only, as with topics, so units with the value are compared with the others
-    (labels shuffled between units; Welch interval by bootstrap of both sides). p_adjusted: max-T over layers and
-    experts, Bonferroni over values. Null: the value makes no difference. Domain specialisation of arXiv 2409.02060,
-    against the rest instead of the uniform line. "Within" holds the document fixed, not the words: see
-    `matching.match_tokens`.
+    design "within": units that hold both kinds of token are compared with themselves (sign flips; Student's t).
+    "between": units hold one kind only, as with topics, so units with the value are compared with the others (labels
+    shuffled between units; Welch's t interval). p_adjusted: max-T over layers and experts, Bonferroni over values.
+    Null: the value makes no difference. Domain specialisation of arXiv 2409.02060, against the rest instead of the
+    uniform line. "Within" holds the document fixed, not the words: see `matching.match_tokens`.
     """
     counts = slot_counts(tokens, routing, [unit, column], segments)
     layers = counts["layer"].unique().sort().to_list()
@@ -95,7 +94,7 @@ def _within(
 ) -> dict[str, Floats]:
     f_in, f_out = (slots / n[:, None, None] for slots, n in ((inside, n_in), (outside, n_out)))
     differences = (f_in - f_out).reshape(len(n_in), -1)
-    low, high = bootstrap_mean(differences, n_resamples, seed)
+    low, high = t_interval(differences)
     t, p_adjusted = sign_flip_max_t(differences, n_resamples, seed)
     means = {"f_in": f_in.mean(0).ravel(), "f_out": f_out.mean(0).ravel(), "difference": differences.mean(0)}
     return {**means, "low": low, "high": high, "t": t, "p_adjusted": p_adjusted}
@@ -106,24 +105,11 @@ def _between(slots: Floats, n: Floats, has: np.ndarray, n_resamples: int, seed: 
     t, p_adjusted = permutation_max_t(frequency, has, n_shuffles=n_resamples, seed=seed)
     missing = np.full(frequency.shape[1], np.nan)
     f_in, f_out = (frequency[side].mean(0) if side.any() else missing for side in (has, ~has))
-    low, high = _two_sided_bootstrap(frequency[has], frequency[~has], n_resamples, seed)
+    low, high = welch_interval(frequency[has], frequency[~has])
     return {
         "f_in": f_in, "f_out": f_out, "difference": f_in - f_out, "low": low, "high": high, "t": t,
         "p_adjusted": p_adjusted,
     }  # fmt: skip
-
-
-def _two_sided_bootstrap(first: Floats, second: Floats, n_resamples: int, seed: int) -> tuple[Floats, Floats]:
-    if min(len(first), len(second)) < 2:
-        missing = np.full(first.shape[1], np.nan)
-        return missing, missing.copy()
-    rng = np.random.default_rng(seed)
-    means = [
-        rng.multinomial(len(side), np.full(len(side), 1 / len(side)), size=n_resamples) / len(side) @ side
-        for side in (first, second)
-    ]
-    low, high = np.quantile(means[0] - means[1], (0.025, 0.975), axis=0)
-    return low, high
 
 
 def vocabulary_specialisation(

@@ -16,7 +16,7 @@ from workbench.axes import SPLITS
 from workbench.stats.contrasts import flag_experts, paired_contrasts
 from workbench.stats.divergence import chance_overlap, random_halves
 from workbench.stats.load import frequency_cube
-from workbench.stats.resampling import Floats, bootstrap_mean, sign_flip_max_t
+from workbench.stats.resampling import Floats, sign_flip_max_t, t_interval
 
 
 def discover_and_validate(
@@ -46,7 +46,7 @@ def discover_and_validate(
     chosen = [(place[layer], expert) for layer, expert in flagged.select("layer", "expert").rows() if layer in place]
     at = tuple(np.array(chosen, dtype=np.int64).reshape(-1, 2).T)
     differences = (cube[0] - cube[1])[:, *at]  # [group flagged]
-    low, high = bootstrap_mean(differences, n_resamples, seed)
+    low, high = t_interval(differences)
     t, p_adjusted = sign_flip_max_t(differences, n_resamples, seed) if chosen else (np.zeros(0), np.zeros(0))
     mean = differences.mean(0) if groups else np.full(len(chosen), np.nan)
     kept = flagged.filter(pl.col("layer").is_in(layers)).select(

@@ -75,3 +75,45 @@ def test_top_sets_overlap_less_between_languages_than_within(words) -> None:
     assert first["gap"] == pytest.approx(first["within"] - first["between"])
     assert first["gap_low"] > 0
     assert first["chance"] == pytest.approx(1 / 16)
+
+
+def test_between_and_floor_by_hand_when_one_language_varies_more() -> None:
+    """Four groups; Japanese documents are alike, English ones use expert 0 or 1 by turns."""
+    rows = []
+    for group in range(4):
+        rows.append((f"g{group}", "ja", 0, 2, 8, 8))
+        rows.append((f"g{group}", "en", 0, group % 2, 8, 8))
+    names = ["group_id", "lang", "layer", "expert", "slots", "n_tokens"]
+    counts = pl.DataFrame(rows, schema=names, orient="row")
+    n_splits, seed = 25, 3
+    found = paired_divergence(counts, "lang", BOTH, 3, n_splits=n_splits, seed=seed).row(0, named=True)
+    # a half with both kinds of English is (1/2, 1/2); one with a single kind leaves the other kind to the other half,
+    # at a JSD of 1 bit; and Japanese against English is 1 bit always
+    ranks = np.random.default_rng(seed).random((n_splits, 4)).argsort(1)
+    apart = [set(np.flatnonzero(rank < 2) % 2) for rank in ranks]
+    share = np.mean([len(kinds) == 1 for kinds in apart])
+    assert 0 < share < 1
+    assert found["between"] == pytest.approx(1.0)
+    assert found["floor"] == pytest.approx(share / 2)  # half of it is English, half Japanese, which is 0
+    assert found["excess"] == pytest.approx(1 - share / 2)
+    swapped = counts.with_columns(lang=pl.when(pl.col("lang") == "ja").then(pl.lit("en")).otherwise(pl.lit("ja")))
+    again = paired_divergence(swapped, "lang", BOTH, 3, n_splits=n_splits, seed=seed).row(0, named=True)
+    assert again["floor"] == pytest.approx(share / 2)
+
+
+def test_published_chance_levels() -> None:
+    """Mixtral, top 2 of 8: 46% share an expert by chance (arXiv 2401.04088, table 5)."""
+    assert chance_overlap(2, 8)["any"] == pytest.approx(0.464, abs=5e-4)
+    assert chance_overlap(1, 8)["any"] == pytest.approx(0.125)
+
+
+def test_small_samples_diverge_by_themselves() -> None:
+    """100 tokens of 8 slots from documents around one distribution: about 0.4, 0.07 and 0.008 bits at 1, 10, 100."""
+    rng = np.random.default_rng(0)
+    base = rng.dirichlet(np.ones(128))
+
+    def sample(n_docs: int) -> np.ndarray:
+        return sum(rng.multinomial(800, q) for q in rng.dirichlet(60 * base, n_docs)).astype(float)
+
+    means = [np.mean([js_divergence(sample(n), sample(n)) for _ in range(20)]) for n in (1, 10, 100)]
+    assert means == pytest.approx([0.40, 0.072, 0.008], rel=0.15)

@@ -6,7 +6,14 @@ import pytest
 
 from workbench.stats.contrasts import flag_experts, paired_contrasts
 from workbench.stats.load import frequency_cube, slot_counts
-from workbench.stats.matching import match_length, match_tokens, matching_summary, select_tokens, with_position_bin
+from workbench.stats.matching import (
+    fertility,
+    match_length,
+    match_tokens,
+    matching_summary,
+    select_tokens,
+    with_position_bin,
+)
 
 BOTH = ("ja", "en")
 
@@ -78,3 +85,12 @@ def test_the_first_tokens_may_be_left_out(words) -> None:
     tokens, _, _ = words(n_groups=1, n_tokens=10)
     assert select_tokens(tokens, skip_first=4)["pos"].min() == 4
     assert select_tokens(tokens.with_columns(segment=pl.lit("control"))).is_empty()
+
+
+def test_fertility_is_the_ratio_of_tokens_within_groups(words) -> None:
+    tokens, _, _ = words(n_groups=6, n_tokens=40, fertility=1.5)
+    found = fertility(tokens.with_columns(token=pl.lit(" ab")), "lang", BOTH).row(0, named=True)
+    assert (found["first"], found["second"]) == (60, 40)
+    assert [found[name] for name in ("ratio", "low", "high")] == pytest.approx([1.5] * 3)
+    assert found["chars_per_token_first"] == 2
+    assert found["n_groups"] == 6
