@@ -13,7 +13,7 @@ import polars as pl
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from workbench.stats.index import Frame, Ints, codes, membership, token_array
+from workbench.stats.index import Frame, Ints, codes, token_array
 from workbench.stats.load import CONTENT_SEGMENTS
 from workbench.stats.resampling import Floats
 
@@ -45,8 +45,7 @@ def coactivation(
     frames, draws = [], []
     rng = np.random.default_rng(seed)
     for place, layer in enumerate(layers):
-        member = membership(ids[:, place], n_experts)
-        pairs = _pair_counts(member)
+        pairs = _pair_counts(ids[:, place], n_experts)
         n = pairs.diagonal()
         frames.append(
             pl.DataFrame(
@@ -61,7 +60,9 @@ def coactivation(
             )
         )
         if n_draws:
-            draws.append(_null_pairs(member, document, n_draws, n_rounds, rng)[:, *upper])  # [draw pair]
+            draws.append(
+                _null_pairs(ids[:, place], document, n_experts, n_draws, n_rounds, rng)[:, *upper]
+            )  # [draw pair]
     frame = pl.concat(frames).with_columns(
         share=pl.col("together") / pl.col("n_expert"),
         lift=pl.col("together") * len(kept) / (pl.col("n_expert") * pl.col("n_other")),
@@ -72,9 +73,16 @@ def coactivation(
     return frame.with_columns(**_against(frame["together"].to_numpy(), np.concatenate(draws, 1))) if n_draws else frame
 
 
-def _pair_counts(member: np.ndarray) -> Ints:  # [token expert] -> [expert expert]
-    sparse = csr_array(member.astype(np.int64))
-    return np.asarray((sparse.T @ sparse).todense())
+def _pair_counts(ids: np.ndarray, n_experts: int) -> Ints:  # [token k] -> [expert expert]
+    chosen = _choices(ids, n_experts)
+    return np.asarray((chosen.T @ chosen).todense())
+
+
+def _choices(ids: np.ndarray, n_experts: int) -> csr_array:
+    """1 where a token chose an expert: sparse [token expert]."""
+    n, k = ids.shape
+    ones, ends = np.ones(n * k, dtype=np.int64), np.arange(0, n * k + 1, k)
+    return csr_array((ones, ids.ravel().astype(np.int64), ends), shape=(n, n_experts))
 
 
 def _against(observed: Ints, draws: Floats) -> dict[str, Floats]:
@@ -92,39 +100,38 @@ def _against(observed: Ints, draws: Floats) -> dict[str, Floats]:
 
 
 def _null_pairs(
-    member: np.ndarray, document: Ints, n_draws: int, n_rounds: int, rng: np.random.Generator
+    ids: np.ndarray, document: Ints, n_experts: int, n_draws: int, n_rounds: int, rng: np.random.Generator
 ) -> Floats:  # [draw expert expert]
-    state = member.copy()
+    state = ids.copy()
     for _ in range(3 * n_rounds):  # far enough from the data to forget it
         trade(state, document, rng)
     draws = []
     for _ in range(n_draws):
         for _ in range(n_rounds):
             trade(state, document, rng)
-        draws.append(_pair_counts(state))
+        draws.append(_pair_counts(state, n_experts))
     return np.stack(draws).astype(np.float64)
 
 
-def trade(member: np.ndarray, document: Ints, rng: np.random.Generator) -> None:
+def trade(ids: np.ndarray, document: Ints, rng: np.random.Generator) -> None:
     """One round of curveball trades, in place: tokens of a document in random pairs share out anew what only one has.
 
-    member [token expert]. Row sums, and column sums within each document, stay as they are.
+    ids [token k]. Every token keeps k different experts, every expert its number of tokens in each document.
     """
+    k = ids.shape[1]
     order = np.lexsort((rng.random(len(document)), document))
-    first, second = order[:-1], order[1:]
-    alike = document[first] == document[second]
-    start = np.concatenate(([0], np.flatnonzero(np.diff(document[order])) + 1))
+    start = np.flatnonzero(np.diff(document[order], prepend=-1))
     within = np.arange(len(order)) - np.repeat(start, np.diff(np.append(start, len(order))))
-    paired = alike & (within[:-1] % 2 == 0)
-    a, b = first[paired], second[paired]
-    either = member[a] ^ member[b]  # [pair expert]
-    n_first = (member[a] & either).sum(1)
-    keys = np.where(either, rng.random(either.shape), 2.0)
-    rank = keys.argsort(1).argsort(1)
-    both = member[a] & member[b]
-    goes_first = either & (rank < n_first[:, None])
-    member[a] = both | goes_first
-    member[b] = both | (either & ~goes_first)
+    paired = (document[order[:-1]] == document[order[1:]]) & (within[:-1] % 2 == 0)
+    first, second = order[:-1][paired], order[1:][paired]
+    pool = np.concatenate([ids[first], ids[second]], axis=1)  # [pair 2k]
+    same = ids[first][:, :, None] == ids[second][:, None, :]
+    # what both have stays: the first's copies sort before everything, the second's behind it
+    keys = rng.random(pool.shape)
+    keys[:, :k][same.any(2)] = -1
+    keys[:, k:][same.any(1)] = 2
+    dealt = np.take_along_axis(pool, keys.argsort(1), axis=1)
+    ids[first], ids[second] = dealt[:, :k], dealt[:, k:]
 
 
 def cross_layer(
@@ -149,7 +156,7 @@ def cross_layer(
     rng = np.random.default_rng(seed)
     frames, draws = [], []
     for place in range(len(layers) - 1):
-        here, after = (csr_array(membership(ids[:, at], n_experts).astype(np.int64)) for at in (place, place + 1))
+        here, after = (_choices(ids[:, at], n_experts) for at in (place, place + 1))
         together = np.asarray((here.T @ after).todense())
         n_here, n_after = np.asarray(here.sum(0)).ravel(), np.asarray(after.sum(0)).ravel()
         expert, other = np.indices(together.shape).reshape(2, -1)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
+from workbench.errors import FrameError
 from workbench.stats.load import CONTENT_SEGMENTS, Frame
 from workbench.stats.resampling import t_interval
 
@@ -114,11 +115,14 @@ def fertility(
     Columns first, second (mean tokens per unit), ratio (geometric mean over units of first / second), low, high (95%,
     Student's t of its logarithm), chars_per_token_first, chars_per_token_second, n_groups. A tokenizer that cuts
     Japanese finer gives it more, and more repetitive, tokens: contrasts weigh units and not tokens for that reason.
+    Raises FrameError when no unit has both.
     """
     kept = select_tokens(tokens, segments).filter(pl.col(axis).is_in(list(values)))
     sizes = kept.group_by(unit, axis).agg(n=pl.len(), chars=pl.col("token").str.strip_chars().str.len_chars().sum())
     first, second = (sizes.filter(pl.col(axis) == value).drop(axis) for value in values)
     both = first.join(second, on=unit, suffix="_second").sort(unit)
+    if both.is_empty():
+        raise FrameError(f"tokens: expected a {unit} with both {values[0]} and {values[1]}, got none. Pass pairs.")
     n, n_second, chars, chars_second = (both[name].to_numpy() for name in ("n", "n_second", "chars", "chars_second"))
     logs = np.log(n / n_second)
     low, high = t_interval(logs)

@@ -59,15 +59,16 @@ def test_counts_and_lift_by_hand() -> None:
 
 def test_trades_keep_every_margin_and_change_the_rest(routed) -> None:
     tokens, routing = planted(routed)
-    member = membership(np.stack(routing.filter(pl.col("layer") == 0)["expert_ids"].to_list()), 12)
+    ids = np.stack(routing.filter(pl.col("layer") == 0)["expert_ids"].to_list())
     document = codes(tokens["doc_id"])
-    state, rng = member.copy(), np.random.default_rng(0)
+    state, rng = ids.copy(), np.random.default_rng(0)
     for _ in range(5):
         trade(state, document, rng)
-    np.testing.assert_array_equal(state.sum(1), 4)
+    before, after = membership(ids, 12), membership(state, 12)
+    np.testing.assert_array_equal(after.sum(1), 4)  # k different experts
     for doc in range(20):
-        np.testing.assert_array_equal(state[document == doc].sum(0), member[document == doc].sum(0))
-    assert (state != member).any(1).mean() > 0.8
+        np.testing.assert_array_equal(after[document == doc].sum(0), before[document == doc].sum(0))
+    assert (before != after).any(1).mean() > 0.8
 
 
 def test_a_planted_pair_is_found_and_documents_with_a_taste_are_no_pairs(routed) -> None:

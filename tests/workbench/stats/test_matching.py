@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from workbench.errors import FrameError
 from workbench.stats.contrasts import flag_experts, paired_contrasts
 from workbench.stats.load import frequency_cube, slot_counts
 from workbench.stats.matching import (
@@ -94,3 +95,5 @@ def test_fertility_is_the_ratio_of_tokens_within_groups(words) -> None:
     assert [found[name] for name in ("ratio", "low", "high")] == pytest.approx([1.5] * 3)
     assert found["chars_per_token_first"] == 2
     assert found["n_groups"] == 6
+    with pytest.raises(FrameError, match="expected a group_id with both ja and en, got none"):
+        fertility(tokens.filter(pl.col("lang") == "ja").with_columns(token=pl.lit("a")), "lang", BOTH)
