@@ -34,8 +34,11 @@ def study(arguments: argparse.Namespace) -> None:
     from workbench.io.prompts import BUNDLED_PROMPTS, load_prompts
     from workbench.io.weights import load_model
     from workbench.study import run_study, write_report
+    from workbench.study.compare import compare_models
+    from workbench.study.experts import measure_experts
     from workbench.study.plan import choose_prompts, settings_for
     from workbench.study.report import check_seed
+    from workbench.study.swap import SwapPlan, run_swap
 
     check_seed(arguments.seed)
     prompts = choose_prompts(load_prompts(arguments.prompts or BUNDLED_PROMPTS), arguments.limit)
@@ -51,7 +54,17 @@ def study(arguments: argparse.Namespace) -> None:
         norms=arguments.norms,
     )
     out = arguments.out or Path("runs") / Path(arguments.model).name
-    print(write_report(run_study(model, prompts, out, settings), arguments.seed))
+    run = run_study(model, prompts, out, settings)
+    if arguments.seed is not None:
+        run.seed = arguments.seed
+    for header in arguments.header_swap:
+        run_swap(model, run, SwapPlan(header, batch_size=arguments.batch_size))
+    if arguments.experts:
+        measure_experts(model, run)
+    if arguments.compare:
+        other = load_model(arguments.compare, dtype=dtype, device=arguments.device, moe_impl=arguments.moe_impl)
+        compare_models(model, other, run)
+    print(write_report(run))
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -100,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_study(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
+    add, toggle = command.add_argument, argparse.BooleanOptionalAction
     add("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="name or directory (default: %(default)s)")
     add("--prompts", type=Path, metavar="FILE", help="JSONL, CSV or Parquet (default: the bundled prompts)")
     add("--out", type=Path, metavar="DIR", help="run directory (default: runs/MODEL); an unfinished run is continued")
@@ -112,7 +125,10 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on CPU, else as stored")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
     add("--moe-impl", default="auto", help="how experts are computed (default: %(default)s)")
-    add("--router-logits", action="store_true", help="also keep the router logits of all experts (router_logits/)")
+    add("--router-logits", action=toggle, default=True, help="keep the router logits of all experts (default: yes)")
+    add("--experts", action=toggle, default=True, help="remove and force experts, see what they write (default: yes)")
+    add("--header-swap", nargs="*", default=(), choices=("effort", "channel"), help="read again with another header")
+    add("--compare", metavar="MODEL", help="another checkpoint of the same lineage, on the same tokens")
     add("--norms", action="store_true", help="also measure how much each chosen expert adds")
     _add_seed(command)
     command.set_defaults(run=study)

@@ -103,28 +103,47 @@ class _Batch:
         ids, mask = pad(documents, left=False)
         self.ids, self.mask = ids.to(model.device), mask.to(model.device)  # [batch pos]
         self.real = mask.bool()
-        self.content = torch.zeros_like(self.real)
-        self.content[self.real] = torch.from_numpy(content)
-        self.content = self.content.to(model.device)
+        is_content = torch.zeros_like(self.real).masked_scatter(self.real, torch.from_numpy(content))
+        next_is = torch.cat(
+            (is_content[:, 1:], torch.zeros_like(is_content[:, :1])), dim=1
+        )  # the token after is content
+        self.used = (is_content | next_is).to(model.device)  # the vocabulary is wide: logits of these positions alone
+        self.content, self.following = (part.to(model.device)[self.used] for part in (is_content, next_is))  # [row]
+        self.doc = self.used.nonzero()[:, 0]  # [row]
+        self.target = self.ids.roll(-1, dims=1)[self.used]  # [row]
         layers = routed_layers(model)
         names = [f"blocks.{layer}.{point}" for layer in layers for point in ("hook_resid_pre", "mlp.hook_expert_ids")]
-        logits, cache = model.run_with_cache(self.ids, names_filter=names, attention_mask=self.mask)
+        resid, cache = model.run_with_cache(
+            self.ids, names_filter=names, attention_mask=self.mask, stop_at_layer=model.cfg.n_layers
+        )
         self.resid = {layer: cache["resid_pre", layer] for layer in layers}
         self.expert_ids = {layer: cache["expert_ids", layer].cpu() for layer in layers}
-        self.log_probs = logits.float().log_softmax(-1)
-        self.nll = self._nll(self.log_probs)
+        self.log_probs = self._log_probs(model, resid)  # [row d_vocab]
+        self.probs, self.nll = self.log_probs.exp(), self._nll(self.log_probs)
 
     @torch.inference_mode()
     def effect(self, model: Llama, edit: Edit) -> tuple[np.ndarray, np.ndarray]:
-        with model.hooks([_hook(edit, self._mask_of(edit, count_experts(model)), self.expert_ids[edit.layer])]):
-            logits = model(self.resid[edit.layer], self.mask, start_at_layer=edit.layer)
-        log_probs = logits.float().log_softmax(-1)
-        kl = (self.log_probs.exp() * (self.log_probs - log_probs)).sum(-1)  # [batch pos]
-        return (self._nll(log_probs) - self.nll).cpu().numpy(), _mean(kl, self.content).cpu().numpy()
+        hook = _hook(edit, self._mask_of(edit, count_experts(model)), self.expert_ids[edit.layer])
+        with model.hooks([hook]):
+            resid = model(
+                self.resid[edit.layer], self.mask, start_at_layer=edit.layer, stop_at_layer=model.cfg.n_layers
+            )
+        log_probs = self._log_probs(model, resid)
+        kl = (self.probs * (self.log_probs - log_probs)).sum(-1)  # [row]
+        d_nll = self._nll(log_probs) - self.nll
+        return self._mean(d_nll, self.following).cpu().numpy(), self._mean(kl, self.content).cpu().numpy()
 
-    def _nll(self, log_probs: Tensor) -> Tensor:  # [batch pos d_vocab] -> [batch], over targets that are content
-        nll = -log_probs[:, :-1].gather(-1, self.ids[:, 1:, None])[..., 0]
-        return _mean(nll, self.content[:, 1:])
+    def _log_probs(self, model: Llama, resid: Tensor) -> Tensor:  # [batch pos d_model] -> [row d_vocab]
+        return model.unembed(model.ln_final(resid[self.used])).float().log_softmax(-1)
+
+    def _nll(self, log_probs: Tensor) -> Tensor:  # [row d_vocab] -> [row]
+        return -log_probs.gather(-1, self.target[:, None])[:, 0]
+
+    def _mean(self, values: Tensor, where: Tensor) -> Tensor:  # [row] -> [batch]; 0 for a document without content
+        sums, counts = (torch.zeros(2, len(self.ids), device=values.device)).unbind()
+        sums.index_add_(0, self.doc, values * where)
+        counts.index_add_(0, self.doc, where.float())
+        return sums / counts.clamp(min=1)
 
     def _mask_of(self, edit: Edit, n_experts: int) -> Tensor:  # bool [batch pos expert]: where the edit acts
         mask = torch.zeros(*self.ids.shape, n_experts, dtype=torch.bool)
@@ -158,10 +177,6 @@ def _batches(model: Llama, tokens: pl.DataFrame, batch_size: int) -> Iterator[_B
             part = parts.slice(start, batch_size)
             content, rows = (np.concatenate(part[name].to_list()) for name in ("content", "row"))
             yield _Batch(model, part["token_id"].to_list(), content, rows)
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:  # [batch pos] -> [batch]; 0 for a document without content
-    return (values * where).sum(1) / where.sum(1).clamp(min=1)
 
 
 def count_experts(model: Llama) -> int:

@@ -85,6 +85,7 @@ def check_keys(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], 
 
 def write_load(file: Path, counts: np.ndarray, labels: Labels) -> None:
     save_file({"expert_load": counts.astype(np.int64)}, file, metadata={"axes": json.dumps(dict(labels))})
+    file.chmod(0o644)  # as its neighbours; safetensors leaves it to its owner alone
 
 
 def read_load(file: Path) -> tuple[np.ndarray, Labels]:

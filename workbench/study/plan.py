@@ -10,7 +10,7 @@ from typing import Any
 
 from workbench.axes import EFFORTS, LANGUAGES
 from workbench.chat import Message, render_tokens
-from workbench.errors import PromptError, RunError
+from workbench.errors import ConfigError, PromptError, RunError
 from workbench.io.prompts import Prompt
 from workbench.io.tokens import Tokenizer
 
@@ -125,8 +125,21 @@ def plan_documents(
             for effort in settings.efforts
             for prompt in prompts
         ]
+        _check_efforts(documents, settings.efforts)
     ranks = {effort: rank for rank, effort in enumerate((None, *settings.efforts))}
     return sorted(documents, key=lambda document: (ranks[document.effort], len(document.ids)))
+
+
+def _check_efforts(documents: Sequence[Document], efforts: Sequence[str]) -> None:
+    """Raises ConfigError when two efforts render alike for every prompt: one would be compared with itself."""
+    rendered = {effort: [doc.ids for doc in documents if doc.effort == effort] for effort in efforts}
+    for place, effort in enumerate(efforts):
+        for other in efforts[place + 1 :]:
+            if rendered[effort] == rendered[other]:
+                raise ConfigError(
+                    f"efforts: expected a chat template that tells {effort} from {other}, got the same tokens for "
+                    f"both. Pass --efforts {effort}."
+                )
 
 
 def _document(prompt: Prompt, effort: str | None, ids: Sequence[int]) -> Document:

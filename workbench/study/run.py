@@ -11,6 +11,7 @@ import polars as pl
 from workbench.axes import SEGMENTS, TOKEN_COLUMNS
 from workbench.capture import capture_routing, check_room, routed_layers, suitable_threads, write_answers
 from workbench.chat import label_tokens
+from workbench.errors import ShapeError
 from workbench.io.prompts import LANGS, Prompt
 from workbench.io.run_files import Labels
 from workbench.io.runs import Run, RunWriter
@@ -33,7 +34,7 @@ def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings
     routed_layers(model)
     tokenizer = tokenizer_of(model)
     documents = plan_documents(prompts, tokenizer, settings, model.chat_template)
-    check_room(model, [document.ids for document in documents], settings.max_new_tokens)
+    _check_lengths(model, documents, settings.max_new_tokens)
     batches = [
         documents[start : start + settings.batch_size] for start in range(0, len(documents), settings.batch_size)
     ]
@@ -47,6 +48,16 @@ def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings
         for part in show_progress(writer.missing(), len(batches)):
             writer.write(part, *measure(model, tokenizer, batches[part], settings, watch))
         return writer.finish(watch.report())
+
+
+def _check_lengths(model: Llama, documents: Sequence[Document], max_new_tokens: int) -> None:
+    """Raises ShapeError naming the document that does not fit the context, before anything runs."""
+    for document in documents:
+        try:
+            check_room(model, [document.ids], max_new_tokens)
+        except ShapeError as error:
+            effort = f" at {document.effort} effort" if document.effort else ""
+            raise ShapeError(f"prompt {document.doc_id}{effort}: {error}") from None
 
 
 def measure(
