@@ -2,7 +2,8 @@
 
 Per slot: draw a token and one of its k experts. Plug-in estimates are far too high where a label has many values, so
 each is repeated with labels shuffled, at the level at which they would be exchangeable if they did not matter: between
-documents for what a document has one of (language, topic), between the tokens of a document for the rest (token id).
+groups for what a group has one of (topic), documents for what these have one of (language), between tokens for the rest
+(token id, segment).
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ def decompose_routing(
     """H(expert) taken apart by the chain rule: one row per layer and factor, in the order given, and one "residual".
 
     bits of factor j = I(expert; factor j | factors before it) per slot; its shuffled value keeps the factors before and
-    shuffles factor j; the rest as in `mutual_information`. Order matters: what two factors share goes to the first, so
-    put token identity first and ask what the others add (design of arXiv 2604.17182, in bits). residual = H(expert) -
-    sum of excesses: what the factors leave open, context and noise.
+    shuffles factor j among tokens alike in them (for later factors p is approximate: read the interval); the rest as in
+    `mutual_information`. Order matters: what two factors share goes to the first, so put token identity first and ask
+    what the others add (design of arXiv 2604.17182, in bits). residual = H(expert) - sum of excesses: what the factors
+    leave open, context and noise.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     layers, ids = token_array(kept, routing)
@@ -63,7 +65,10 @@ def decompose_routing(
     document, groups = codes(kept["doc_id"]), codes(kept[unit])
     n_units = int(groups.max(initial=-1)) + 1
     rng = np.random.default_rng(seed)
-    shuffles = [[_shuffled(column, document, rng) for _ in range(n_shuffles)] for column in columns]
+    shuffles, before = [], np.zeros(len(kept), dtype=np.int64)
+    for column in columns:
+        shuffles.append([_shuffled(column, before, groups, document, rng) for _ in range(n_shuffles)])
+        before = _join(before, column)
 
     def terms(units: np.ndarray, n: int) -> tuple[Floats, Floats]:  # [factor layer], [factor shuffle layer]
         at = units[groups]
@@ -105,14 +110,24 @@ def _excess(bits: Floats, chance: Floats) -> Floats:
     return bits - chance.mean(1)
 
 
-def _shuffled(column: Ints, document: Ints, rng: np.random.Generator) -> Ints:
-    """Labels shuffled between documents if each document has one, else between the tokens of each document."""
-    first = np.unique(document, return_index=True)[1]
-    if (column == column[first][document]).all():
-        return rng.permutation(column[first])[document]
-    order, random = np.argsort(document, kind="stable"), rng.random(len(column))
-    mixed = np.empty_like(column)
-    mixed[np.lexsort((random, document))] = column[order]
+def _shuffled(column: Ints, before: Ints, group: Ints, document: Ints, rng: np.random.Generator) -> Ints:
+    """Labels shuffled among what is alike in the factors before it, so that words of one language keep their language.
+
+    What a whole group has in common (topic) moves with the group, what a document has (language) with the document; the
+    rest moves token by token, as the first factor within its document.
+    """
+    for owner in (group, document):
+        first = np.unique(owner, return_index=True)[1]
+        if (column == column[first][owner]).all():
+            start, place = np.unique(_join(before, owner), return_index=True, return_inverse=True)[1:]
+            return _mixed(column[start], before[start], rng)[place]
+    return _mixed(column, before if before.any() else document, rng)
+
+
+def _mixed(values: Ints, stratum: Ints, rng: np.random.Generator) -> Ints:
+    """The values in a random order within each stratum."""
+    mixed = np.empty_like(values)
+    mixed[np.lexsort((rng.random(len(values)), stratum))] = values[np.argsort(stratum, kind="stable")]
     return mixed
 
 

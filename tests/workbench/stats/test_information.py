@@ -66,6 +66,16 @@ def test_chance_is_subtracted_when_labels_are_many() -> None:
     assert word["low"] < 0 < word["high"]
 
 
+def test_a_language_that_the_words_give_away_adds_nothing_and_takes_nothing() -> None:
+    """Most words belong to one language: a shuffle that gave them both would see bias where there is none."""
+    tokens, routing = made(lambda lang, word, rng: rng.integers(0, 16, word.shape), n_words=60)
+    own = 100 * (tokens["lang"] == "ja").cast(pl.Int64) * (tokens["token_id"] > 5).cast(pl.Int64)
+    frame = decompose_routing(tokens.with_columns(token_id=pl.col("token_id") + own), routing, ("token_id", "lang"))
+    lang = row(frame, "lang")
+    assert abs(lang["excess"]) < 0.005
+    assert lang["low"] < 0 < lang["high"]
+
+
 def test_imbalance_is_no_specialisation() -> None:
     """The naive-upcycling null: one expert takes nearly everything, whatever the word."""
     frame = mutual_information(*made(lambda lang, word, rng: (rng.random(word.shape) < 0.02).astype(int)), "token_id")
