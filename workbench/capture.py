@@ -7,6 +7,7 @@ token, given or written, is seen the same way and in one batch shape.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from workbench.models import Llama
 PAD_ID = 4
 SMALL_MODEL = 50_000_000  # parameters
 BLOCK = 4096  # values per checksum in weights_hash
-_POINTS = ("hook_router_logits", "hook_expert_ids", "hook_routing_weights")
+_POINTS = ("mlp.hook_router_logits", "mlp.hook_expert_ids", "mlp.hook_routing_weights")
+_NORM_POINTS = ("ln2.hook_normalized", "mlp.hook_expert_out", "hook_mlp_out")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Routing:
 
     layers: the routed layers; n_experts: in each of them. expert_ids, routing_weights [token layer k] by descending
     weight; router_entropy [token layer] in nats, of the softmax over all experts; router_margin [token layer], the k-th
-    minus the (k+1)-th router logit, NaN when every expert is always chosen.
+    minus the (k+1)-th router logit, NaN when every expert is always chosen; router_lse, router_mass [token layer], see
+    axes.ROUTING_COLUMNS. Only if asked for: router_logits [token layer expert]; expert_norms [token layer k],
+    mlp_in_norm and mlp_out_norm [token layer].
     """
 
     layers: tuple[int, ...]
@@ -42,20 +46,31 @@ class Routing:
     routing_weights: np.ndarray
     router_entropy: np.ndarray
     router_margin: np.ndarray
+    router_lse: np.ndarray
+    router_mass: np.ndarray
+    router_logits: np.ndarray | None = None
+    expert_norms: np.ndarray | None = None
+    mlp_in_norm: np.ndarray | None = None
+    mlp_out_norm: np.ndarray | None = None
 
     def frame(self, doc_id: Sequence[str], pos: Sequence[int]) -> pl.DataFrame:
         """One row per (token, layer) with axes.ROUTING_COLUMNS; `doc_id` and `pos` have one entry per token."""
-        n_layers, k = len(self.layers), self.expert_ids.shape[-1]
+        n_layers = len(self.layers)
         margin = pl.Series("router_margin", self.router_margin.ravel())
         return pl.DataFrame(
             {
                 "doc_id": np.repeat(np.asarray(doc_id, dtype=object), n_layers).tolist(),
                 "pos": np.repeat(np.asarray(pos, dtype=np.int32), n_layers),
                 "layer": np.tile(np.asarray(self.layers, dtype=np.int16), len(pos)),
-                "expert_ids": pl.Series(self.expert_ids.reshape(-1, k)).arr.to_list(),
-                "routing_weights": pl.Series(self.routing_weights.reshape(-1, k)).arr.to_list(),
+                "expert_ids": _lists(self.expert_ids),
+                "routing_weights": _lists(self.routing_weights),
                 "router_entropy": self.router_entropy.ravel(),
                 "router_margin": margin.fill_nan(None),
+                "router_lse": self.router_lse.ravel(),
+                "router_mass": self.router_mass.ravel(),
+                "expert_norms": None if self.expert_norms is None else _lists(self.expert_norms),
+                "mlp_in_norm": None if self.mlp_in_norm is None else self.mlp_in_norm.ravel(),
+                "mlp_out_norm": None if self.mlp_out_norm is None else self.mlp_out_norm.ravel(),
             }
         )
 
@@ -66,6 +81,10 @@ class Routing:
         place = (flat * n_layers + np.arange(n_layers)[:, None]) * n_experts + self.expert_ids
         counts = np.bincount(place.ravel(), minlength=shape[0] * shape[1] * n_layers * n_experts)
         return counts.reshape(*shape, n_layers, n_experts)
+
+
+def _lists(values: np.ndarray) -> pl.Series:  # [token layer k] -> one list of k per token and layer
+    return pl.Series(values.reshape(-1, values.shape[-1])).arr.to_list()
 
 
 def routed_layers(model: Llama) -> tuple[int, ...]:
@@ -102,26 +121,85 @@ def write_answers(
 
 
 @torch.inference_mode()
-def capture_routing(model: Llama, sequences: Sequence[Sequence[int]]) -> Routing:
-    """One forward pass over the sequences (token ids), reading the router of every routed layer."""
+def capture_routing(
+    model: Llama, sequences: Sequence[Sequence[int]], router_logits: bool = False, norms: bool = False
+) -> Routing:
+    """One forward pass over the sequences (token ids), reading the router of every routed layer.
+
+    `router_logits` keeps those of all experts (4 bytes per token, layer and expert), `norms` how much each chosen
+    expert adds, for which every expert output is held once in slot order (token·k·d_model values per layer).
+    """
     layers = routed_layers(model)
     check_room(model, sequences, 0)
     tokens, mask = pad(sequences, left=False)
-    reader = _RouterReader(mask.bool())
-    names = [f"blocks.{layer}.mlp.{point}" for layer in layers for point in _POINTS]
+    reader = _RouterReader(mask.bool(), router_logits)
+    points = (*_POINTS, *_NORM_POINTS) if norms else _POINTS
+    names = [f"blocks.{layer}.{point}" for layer in layers for point in points]
     with model.hooks(fwd_hooks=[(name, reader) for name in names]):
         model(tokens.to(model.device), mask.to(model.device), stop_at_layer=model.cfg.n_layers)
-    return Routing(layers, reader.n_experts, *(np.stack(reader.found[name], axis=1) for name in reader.found))
+    found = {name: np.stack(parts, axis=1) for name, parts in reader.found.items()}
+    return Routing(layers, reader.n_experts, **found)
+
+
+@torch.inference_mode()
+def expert_peaks(model: Llama, sequences: Sequence[Sequence[int]]) -> pl.DataFrame:
+    """The largest absolute component of any output of every expert, before weighting: columns layer, expert, peak.
+
+    BOS and every other real token count; an expert that was never chosen has peak 0. Super experts stand out in it
+    (arXiv 2507.23279; `stats.contribution.super_experts`). Holds every expert output once in slot order.
+    """
+    layers = routed_layers(model)
+    peaks = torch.zeros(model.cfg.n_layers, getattr(model.cfg, "n_experts", 0))
+    real, chosen = torch.empty(0), torch.empty(0)
+
+    def read(tensor: Tensor, hook: HookPoint) -> None:
+        nonlocal chosen
+        at_tokens = tensor[real]
+        if hook.name.endswith("hook_expert_ids"):
+            chosen = at_tokens  # [token k]
+        else:
+            largest = at_tokens.float().abs().amax(-1).flatten().cpu()  # [token·k]
+            peaks[hook_layer(hook)].scatter_reduce_(0, chosen.flatten().cpu(), largest, "amax")
+
+    names = [f"blocks.{layer}.mlp.{point}" for layer in layers for point in ("hook_expert_ids", "hook_expert_out")]
+    tokens, mask = pad(sequences, left=False)
+    real = mask.bool().to(model.device)
+    with model.hooks(fwd_hooks=[(name, read) for name in names]):
+        model(tokens.to(model.device), mask.to(model.device), stop_at_layer=model.cfg.n_layers)
+    found = [(layer, expert, float(peak)) for layer in layers for expert, peak in enumerate(peaks[layer])]
+    return pl.DataFrame(found, schema=["layer", "expert", "peak"], orient="row")
+
+
+@torch.inference_mode()
+def router_inputs(model: Llama, doc_ids: Sequence[str], sequences: Sequence[Sequence[int]]) -> pl.DataFrame:
+    """Mean router input of each sequence: columns doc_id, layer, mean_in (list of d_model), for `geometry_baseline`."""
+    layers = routed_layers(model)
+    tokens, mask = pad(sequences, left=False)
+    real = mask.to(model.device)
+    means: dict[int, Tensor] = {}
+
+    def read(tensor: Tensor, hook: HookPoint) -> None:  # [batch pos d_model]
+        summed = (tensor.float() * real[..., None]).sum(1)
+        means[hook_layer(hook)] = (summed / real.sum(1, keepdim=True)).cpu()
+
+    with model.hooks(fwd_hooks=[(f"blocks.{layer}.ln2.hook_normalized", read) for layer in layers]):
+        model(tokens.to(model.device), real, stop_at_layer=model.cfg.n_layers)
+    rows = [(doc_id, layer, means[layer][row].tolist()) for row, doc_id in enumerate(doc_ids) for layer in layers]
+    return pl.DataFrame(rows, schema=["doc_id", "layer", "mean_in"], orient="row")
+
+
+def hook_layer(hook: HookPoint) -> int:
+    """The layer of a hook point of a block."""
+    return int(hook.name.split(".")[1])
 
 
 class _RouterReader:
     """A hook that keeps, layer after layer, what a Routing holds, at real tokens only."""
 
-    def __init__(self, real: Tensor) -> None:
-        self.real = real
-        names = ("expert_ids", "routing_weights", "router_entropy", "router_margin")
-        self.found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        self._logits = torch.empty(0)
+    def __init__(self, real: Tensor, keep_logits: bool) -> None:
+        self.real, self.keep_logits = real, keep_logits
+        self.found: dict[str, list[np.ndarray]] = defaultdict(list)
+        self._logits = self._weights = torch.empty(0)
         self.n_experts = 0
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
@@ -132,8 +210,18 @@ class _RouterReader:
             self._keep("expert_ids", at_tokens.to(torch.int16))
             self._keep("router_entropy", router_entropy(self._logits))
             self._keep("router_margin", router_margin(self._logits, at_tokens.shape[-1]))
+            self._keep("router_lse", self._logits.logsumexp(-1))
+            self._keep("router_mass", self._logits.softmax(-1).gather(-1, at_tokens).sum(-1))
+            if self.keep_logits:
+                self._keep("router_logits", self._logits)
+        elif hook.name.endswith("hook_routing_weights"):
+            self._weights = at_tokens.float()
+            self._keep("routing_weights", self._weights)
+        elif hook.name.endswith("hook_expert_out"):
+            self._keep("expert_norms", self._weights * at_tokens.float().norm(dim=-1))  # [token k]
         else:
-            self._keep("routing_weights", at_tokens.float())
+            name = "mlp_out_norm" if hook.name.endswith("hook_mlp_out") else "mlp_in_norm"
+            self._keep(name, at_tokens.float().norm(dim=-1))
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.found[name].append(values.cpu().numpy())

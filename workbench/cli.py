@@ -36,8 +36,11 @@ def study(arguments: argparse.Namespace) -> None:
     from workbench.io.prompts import BUNDLED_PROMPTS, load_prompts
     from workbench.io.weights import load_model
     from workbench.study import run_study, write_report
+    from workbench.study.compare import compare_models
+    from workbench.study.experts import measure_experts
     from workbench.study.plan import choose_prompts, settings_for
     from workbench.study.report import check_seed
+    from workbench.study.swap import SwapPlan, run_swap
 
     check_seed(arguments.seed)
     prompts = choose_prompts(load_prompts(arguments.prompts or BUNDLED_PROMPTS), arguments.limit)
@@ -49,10 +52,22 @@ def study(arguments: argparse.Namespace) -> None:
         efforts=arguments.efforts,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        router_logits=arguments.router_logits,
+        norms=arguments.norms,
         interventions=load_interventions(arguments.intervention) if arguments.intervention else (),
     )
     out = arguments.out or Path("runs") / model_name(arguments.model)
-    print(write_report(run_study(model, prompts, out, settings), arguments.seed))
+    run = run_study(model, prompts, out, settings)
+    if arguments.seed is not None:
+        run.seed = arguments.seed
+    for header in arguments.header_swap:
+        run_swap(model, run, SwapPlan(header, batch_size=arguments.batch_size))
+    if arguments.experts:
+        measure_experts(model, run)
+    if arguments.compare:
+        other = load_model(arguments.compare, dtype=dtype, device=arguments.device, moe_impl=arguments.moe_impl)
+        compare_models(model, other, run)
+    print(write_report(run))
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -60,6 +75,21 @@ def report(arguments: argparse.Namespace) -> None:
     from workbench.study import write_report
 
     print(write_report(arguments.run_dir, arguments.seed))
+
+
+def calibrate(arguments: argparse.Namespace) -> None:
+    """Score the pipeline on planted checkpoints of one shape."""
+    from workbench.planted import calibrate as planted
+    from workbench.plots.calibration import calibration_curves
+
+    shape = (arguments.experts, arguments.k)
+    scope = planted.quick(*shape) if arguments.quick else planted.Scope(*shape)
+    out = arguments.out or Path("runs") / f"calibration-{shape[0]}x{shape[1]}"
+    tables, floors = planted.calibrate(scope, out)
+    figure = calibration_curves(tables["accuracy"])
+    figure.write_html(out / "calibration.html", include_plotlyjs=True)
+    print(planted.summary(scope, tables, floors))
+    print(out / "calibration.html")
 
 
 def params(arguments: argparse.Namespace) -> None:
@@ -78,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     rebuild.add_argument("run_dir", metavar="DIR", type=Path)
     _add_seed(rebuild)
     rebuild.set_defaults(run=report)
+    _add_calibrate(commands.add_parser("calibrate", help="score the statistics on models with planted experts"))
     table = commands.add_parser("params", help="print the parameter table of a released model")
     table.add_argument("name", metavar="NAME")
     table.set_defaults(run=params)
@@ -85,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_study(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
+    add, toggle = command.add_argument, argparse.BooleanOptionalAction
     add("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="name or directory (default: %(default)s)")
     add("--prompts", type=Path, metavar="FILE", help="JSONL, CSV or Parquet (default: the bundled prompts)")
     add("--out", type=Path, metavar="DIR", help="run directory (default: runs/MODEL); an unfinished run is continued")
@@ -98,8 +129,22 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on CPU, else as stored")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
     add("--moe-impl", default="auto", help="how experts are computed (default: %(default)s)")
+    add("--router-logits", action=toggle, default=True, help="keep the router logits of all experts (default: yes)")
+    add("--experts", action=toggle, default=True, help="remove and force experts, see what they write (default: yes)")
+    add("--header-swap", nargs="*", default=(), choices=("effort", "channel"), help="read again with another header")
+    add("--compare", metavar="MODEL", help="another checkpoint of the same lineage, on the same tokens")
+    add("--norms", action="store_true", help="also measure how much each chosen expert adds")
     _add_seed(command)
     command.set_defaults(run=study)
+
+
+def _add_calibrate(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--experts", type=int, default=32, metavar="E", help="experts per layer (default: %(default)s)")
+    add("--k", type=int, default=4, metavar="K", help="experts per token (default: %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="default: runs/calibration-ExK; an unfinished calibration is continued")
+    add("--quick", action="store_true", help="a minute instead of many, with wide intervals")
+    command.set_defaults(run=calibrate)
 
 
 def _add_seed(command: argparse.ArgumentParser) -> None:

@@ -42,3 +42,7 @@ class PromptError(WorkbenchError, ValueError):
 
 class RunError(WorkbenchError, ValueError):
     """A run directory is incomplete, foreign, or does not match what is asked of it."""
+
+
+class FrameError(WorkbenchError, ValueError):
+    """A frame lacks columns or rows that a statistic needs, or holds something else."""

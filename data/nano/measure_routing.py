@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workbench.hooks import HookPoint
 from workbench.models import Qwen3Moe
-from workbench.stats.contrasts import language_divergence
+from workbench.stats.divergence import language_divergence
 
 EVAL_SEED = 7
 N_GROUPS = 150

@@ -10,9 +10,11 @@ import torch
 from workbench.axes import ROUTING_COLUMNS
 from workbench.capture import (
     capture_routing,
+    expert_peaks,
     pad,
     routed_layers,
     router_entropy,
+    router_inputs,
     router_margin,
     suitable_threads,
     weights_hash,
@@ -46,6 +48,26 @@ def test_routing_is_what_the_model_shows_at_its_hook_points(moe: Qwen3Moe) -> No
     np.testing.assert_allclose(routing.router_margin[:, 1], ordered[:, 2] - ordered[:, 3], atol=1e-5)
     expected = torch.distributions.Categorical(logits=logits).entropy()
     np.testing.assert_allclose(routing.router_entropy[:, 1], expected, atol=1e-5)
+
+
+def test_mass_lse_and_weights_give_back_probabilities_and_logits(moe: Qwen3Moe) -> None:
+    routing = capture_routing(moe, SEQUENCES, router_logits=True)
+    chosen = np.take_along_axis(routing.router_logits, routing.expert_ids.astype(int), axis=-1)  # [token layer k]
+    probs = routing.routing_weights * routing.router_mass[..., None]
+    np.testing.assert_allclose(np.log(probs) + routing.router_lse[..., None], chosen, atol=1e-5)
+    assert (routing.router_mass < 1).all()
+
+
+def test_norms_are_those_of_what_the_experts_add(moe: Qwen3Moe) -> None:
+    routing = capture_routing(moe, SEQUENCES, norms=True)
+    _, cache = moe.run_with_cache(torch.tensor(SEQUENCES[:1]), names_filter=lambda name: True)
+    out = cache["blocks.2.mlp.hook_expert_out"][0] * cache["blocks.2.mlp.hook_routing_weights"][0][..., None]
+    np.testing.assert_allclose(routing.expert_norms[:5, 1], out.norm(dim=-1), rtol=1e-4)
+    np.testing.assert_allclose(routing.mlp_out_norm[:5, 1], out.sum(1).norm(dim=-1), rtol=1e-4)
+    np.testing.assert_allclose(
+        routing.mlp_in_norm[:5, 0], cache["blocks.0.ln2.hook_normalized"][0].norm(dim=-1), rtol=1e-4
+    )
+    assert capture_routing(moe, SEQUENCES).expert_norms is None
 
 
 def test_frame_has_one_row_per_token_and_layer_in_order(moe: Qwen3Moe) -> None:
@@ -157,3 +179,23 @@ def test_the_weights_hash_sees_every_value_of_a_large_parameter(moe: Llama, plac
     with torch.no_grad():
         moe.embed.weight.view(-1)[place] += 1
     assert weights_hash(moe, sample=64) != before
+
+
+def test_peaks_are_the_largest_components_of_expert_outputs(moe: Qwen3Moe) -> None:
+    peaks = expert_peaks(moe, SEQUENCES)
+    assert peaks["layer"].unique().to_list() == [0, 2]
+    largest = np.zeros(8)
+    for sequence in SEQUENCES:
+        _, cache = moe.run_with_cache(torch.tensor([sequence]), names_filter=lambda name: True)
+        ids, out = cache["blocks.2.mlp.hook_expert_ids"][0], cache["blocks.2.mlp.hook_expert_out"][0]
+        for chosen, value in zip(ids.flatten(), out.abs().amax(-1).flatten(), strict=True):
+            largest[chosen] = max(largest[chosen], float(value))
+    np.testing.assert_allclose(peaks.filter(pl.col("layer") == 2)["peak"], largest, rtol=1e-4)
+
+
+def test_router_inputs_are_means_over_real_tokens(moe: Qwen3Moe) -> None:
+    frame = router_inputs(moe, ["a", "b", "c"], SEQUENCES)
+    _, cache = moe.run_with_cache(torch.tensor(SEQUENCES[2:]))
+    mine = frame.filter(pl.col("doc_id") == "c", pl.col("layer") == 2)["mean_in"].to_list()[0]
+    np.testing.assert_allclose(mine, cache["blocks.2.ln2.hook_normalized"][0].mean(0), atol=1e-5)
+    assert len(frame) == 6

@@ -18,7 +18,7 @@ from typing import Any
 
 import polars as pl
 
-from workbench.axes import LANGUAGES
+from workbench.axes import LANGUAGES, SPLITS
 from workbench.errors import PromptError
 
 # A folder of JSONL files next to the package in a clone; an installed package does not carry it.
@@ -28,7 +28,6 @@ LANGS = (*LANGUAGES, "mixed")
 KINDS = ("parallel", "reasoning", "script")
 SCRIPTS = ("std", "romaji", "kana", "latin")
 GENRES = ("question", "instruction")
-SPLITS = ("discovery", "validation")
 
 
 @dataclass(frozen=True, slots=True)

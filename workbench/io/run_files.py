@@ -15,13 +15,13 @@ from safetensors.numpy import save_file
 
 from workbench.errors import RunError
 
-FORMAT = 1
+FORMAT = 2  # 2: token classes, places in segments, lse, mass and norms
 Labels = dict[str, list[Any]]  # the labels of the first three axes of an expert load
 LOAD_AXES: dict[str, type] = {"lang": str, "segment": str, "layer": int}
 STARTED: dict[str, Any] = {"status": str, "sittings": list}  # what every manifest must hold, and of which type
 FINISHED: dict[str, Any] = {
     "model": {"name": str, "n_experts": int, "k": int, "stop_ids": list},
-    "settings": {"template": str, "max_new_tokens": int},
+    "settings": {"template": str, "max_new_tokens": int, "router_logits": bool, "norms": bool},
     "report": {"seed": int},
     "counts": dict.fromkeys(("n_docs", "n_groups", "n_tokens", "n_routed_layers"), int),
 }
@@ -60,8 +60,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: expected a run directory with manifest.json, got none. Check the path.") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: expected JSON, got {error}. Run the study again in a new directory.") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise RunError(f"{file}: expected a run of format {FORMAT}, got another. Use the workbench that wrote it.")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise RunError(
+            f"{file}: expected a run of format {FORMAT}, got format {found}. "
+            "Run the study again in a new directory, or use the workbench that wrote it."
+        )
     check_keys(file, manifest, STARTED)
     return manifest
 
@@ -81,6 +85,7 @@ def check_keys(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], 
 
 def write_load(file: Path, counts: np.ndarray, labels: Labels) -> None:
     save_file({"expert_load": counts.astype(np.int64)}, file, metadata={"axes": json.dumps(dict(labels))})
+    file.chmod(0o644)  # as its neighbours; safetensors leaves it to its owner alone
 
 
 def read_load(file: Path) -> tuple[np.ndarray, Labels]:

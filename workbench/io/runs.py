@@ -4,7 +4,8 @@
     tokens.parquet      one row per token                       (axes.TOKEN_COLUMNS)
     routing.parquet     one row per (token, routed layer)       (axes.ROUTING_COLUMNS)
     load.safetensors    expert_load: token-slots [lang segment layer expert]; the labels are in its metadata
-    parts/              only while running: the same three files for each finished batch
+    router_logits/      if asked for: all router logits, in shards of consecutive tokens (io/router_shards.py)
+    parts/              only while running: the same files for each finished batch
 
 Every file appears whole or not at all: it is written beside its place, flushed to disk and renamed. A batch counts as
 done when its tokens file, written last, is there.
@@ -13,6 +14,7 @@ done when its tokens file, written last, is there.
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ import polars as pl
 
 from workbench.axes import ROUTING_COLUMNS, TOKEN_COLUMNS
 from workbench.errors import RunError
+from workbench.io.router_shards import RouterShards, write_shard
 from workbench.io.run_files import (
     FINISHED,
     FORMAT,
@@ -39,7 +42,13 @@ from workbench.io.run_files import (
 
 COLUMNS = {"tokens": TOKEN_COLUMNS, "routing": ROUTING_COLUMNS}
 
-TOKEN_SCHEMA: dict[str, Any] = dict.fromkeys(TOKEN_COLUMNS, pl.String) | {"pos": pl.Int32, "token_id": pl.Int32}
+TOKEN_SCHEMA: dict[str, Any] = dict.fromkeys(TOKEN_COLUMNS, pl.String) | {
+    "pos": pl.Int32,
+    "token_id": pl.Int32,
+    "word_initial": pl.Boolean,
+    "segment_index": pl.Int16,
+    "pos_in_segment": pl.Int32,
+}
 ROUTING_SCHEMA: dict[str, Any] = {
     "doc_id": pl.String,
     "pos": pl.Int32,
@@ -48,6 +57,11 @@ ROUTING_SCHEMA: dict[str, Any] = {
     "routing_weights": pl.List(pl.Float32),
     "router_entropy": pl.Float32,
     "router_margin": pl.Float32,
+    "router_lse": pl.Float32,
+    "router_mass": pl.Float32,
+    "expert_norms": pl.List(pl.Float32),
+    "mlp_in_norm": pl.Float32,
+    "mlp_out_norm": pl.Float32,
 }
 
 
@@ -69,6 +83,8 @@ class Run:
         run._check_file("tokens", counts["n_tokens"])
         run._check_file("routing", counts["n_tokens"] * counts["n_routed_layers"])
         run._check_load()
+        if run.has_router_logits:
+            run.router_logits().check(counts["n_tokens"], counts["n_routed_layers"], run.n_experts)
         return run
 
     @property
@@ -78,6 +94,18 @@ class Run:
     @property
     def routing(self) -> pl.LazyFrame:
         return pl.scan_parquet(self.path / "routing.parquet")
+
+    @property
+    def has_router_logits(self) -> bool:
+        return bool(self.manifest["settings"]["router_logits"])
+
+    def router_logits(self) -> RouterShards:
+        """All router logits, shard by shard; raises RunError when the run was made without them."""
+        if not self.has_router_logits:
+            raise RunError(
+                f"{self.path}: expected a run with router logits, got one without. Run the study with --router-logits."
+            )
+        return RouterShards(self.path / "router_logits", self.tokens)
 
     @property
     def n_experts(self) -> int:
@@ -176,8 +204,19 @@ class RunWriter:
         everything = [] if self.complete else range(self.n_parts)
         return [part for part in everything if not self._part(part, "tokens").exists()]
 
-    def write(self, part: int, tokens: pl.DataFrame, routing: pl.DataFrame, load: np.ndarray, labels: Labels) -> None:
-        """Store one batch: its frames and its expert load [lang segment layer expert]."""
+    def write(
+        self,
+        part: int,
+        tokens: pl.DataFrame,
+        routing: pl.DataFrame,
+        load: np.ndarray,
+        labels: Labels,
+        router_logits: np.ndarray | None = None,
+    ) -> None:
+        """Store one batch: its frames, its expert load [lang segment layer expert], its logits [token layer expert]."""
+        if router_logits is not None:
+            with atomic(self._part(part, "router_logits")) as file:
+                write_shard(file, router_logits, labels["layer"])
         with atomic(self._part(part, "routing")) as file:
             routing.select(pl.col(name).cast(dtype) for name, dtype in ROUTING_SCHEMA.items()).write_parquet(file)
         with atomic(self._part(part, "load")) as file:
@@ -194,11 +233,21 @@ class RunWriter:
             loads = [read_load(self._part(part, "load")) for part in range(self.n_parts)]
             with atomic(self.path / "load.safetensors") as file:
                 write_load(file, np.sum([counts for counts, _ in loads], axis=0), loads[0][1])
+            if self.manifest["settings"]["router_logits"]:
+                self._move_router_logits()
             self.manifest["sittings"][-1] |= about
             self.manifest |= {"counts": self._counts(), "status": "complete"}
             write_manifest(self.path, self.manifest)
         shutil.rmtree(self._parts, ignore_errors=True)
         return Run.open(self.path)
+
+    def _move_router_logits(self) -> None:
+        """Shards are large: they change places, one by one, and those already moved by a killed process stay."""
+        folder = self.path / "router_logits"
+        folder.mkdir(exist_ok=True)
+        for part in range(self.n_parts):
+            if self._part(part, "router_logits").exists():
+                os.replace(self._part(part, "router_logits"), folder / f"{part:06}.safetensors")
 
     def _counts(self) -> dict[str, int]:
         tokens = pl.scan_parquet(self.path / "tokens.parquet")
@@ -208,7 +257,7 @@ class RunWriter:
         return counts | {"n_routed_layers": routing.select(pl.col("layer").n_unique()).collect().item()}
 
     def _part(self, part: int, name: str) -> Path:
-        return self._parts / f"{part:06}.{name}.{'safetensors' if name == 'load' else 'parquet'}"
+        return self._parts / f"{part:06}.{name}.{'parquet' if name in COLUMNS else 'safetensors'}"
 
 
 def _make_directory(path: Path) -> None:

@@ -150,6 +150,9 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._specials
 
+    def is_byte(self, token_id: int) -> bool:
+        return token_id in self._byte_values
+
     def piece_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for, its dummy or real spaces as spaces; raises TokenizerError as `check_ids`."""
         (token_id,) = self.check_ids([token_id])

@@ -38,14 +38,18 @@ def load_map(load: pl.DataFrame, panels: str) -> go.Figure:
     return _map_layout(figure, height, "log2(load / uniform)", MAX_RATIO, n_rows)
 
 
-def contrast_map(contrasts: pl.DataFrame, alpha: float = 0.05) -> go.Figure:
-    """Risk difference JA - EN of every expert; a dot marks adjusted p < `alpha`.
+def contrast_map(
+    contrasts: pl.DataFrame, alpha: float = 0.05, sides: tuple[str, str] = ("ja", "en"), mark: str = "p_adjusted"
+) -> go.Figure:
+    """Risk difference of every expert between two conditions; a dot marks adjusted p < `alpha`, or what is flagged.
 
-    `contrasts` comes from `stats.contrasts.language_contrasts`.
+    `contrasts` comes from `stats.contrasts.paired_contrasts` of `sides`; mark: "p_adjusted" or "flagged".
     """
     layers, values = _matrix(contrasts, "risk_difference")
-    _, p = _matrix(contrasts, "p_adjusted")
-    text = _hover(contrasts, ("f_ja", "f_en", "low", "high", "p_adjusted"))
+    marked = _matrix(contrasts, mark)[1]
+    marked = marked > 0 if mark == "flagged" else marked < alpha
+    text = _hover(contrasts, (f"f_{sides[0]}", f"f_{sides[1]}", "low", "high", "p_adjusted"))
+    first, second = (side.upper() if len(side) == 2 else side for side in sides)
     figure = make_subplots(1, 1)
     figure.add_trace(
         go.Heatmap(
@@ -56,12 +60,12 @@ def contrast_map(contrasts: pl.DataFrame, alpha: float = 0.05) -> go.Figure:
             xgap=1,
             ygap=1,
             hovertemplate="layer %{y}, expert %{x}<br>"
-            "JA - EN %{z:+.3f} [%{customdata[2]:+.3f}, %{customdata[3]:+.3f}]<br>"
-            "mean share of tokens: JA %{customdata[0]:.3f}, EN %{customdata[1]:.3f}<br>"
+            f"{first} - {second} %{{z:+.3f}} [%{{customdata[2]:+.3f}}, %{{customdata[3]:+.3f}}]<br>"
+            f"mean share of tokens: {first} %{{customdata[0]:.3f}}, {second} %{{customdata[1]:.3f}}<br>"
             "adjusted p %{customdata[4]:.4f}<extra></extra>",
         )
     )
-    rows, columns = np.nonzero(p < alpha)
+    rows, columns = np.nonzero(marked)
     figure.add_trace(
         go.Scatter(
             x=columns,
@@ -73,7 +77,7 @@ def contrast_map(contrasts: pl.DataFrame, alpha: float = 0.05) -> go.Figure:
         )
     )
     limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    return _map_layout(figure, 110 + _panel_height(len(layers)), "JA - EN", max(limit, 1e-3))
+    return _map_layout(figure, 110 + _panel_height(len(layers)), f"{first} - {second}", max(limit, 1e-3))
 
 
 def _load_panel(load: pl.DataFrame) -> go.Heatmap:
@@ -123,6 +127,9 @@ def _map_layout(figure: go.Figure, height: int, title: str, limit: float, n_rows
     )
     figure.update_xaxes(showgrid=False, zeroline=False)
     figure.update_xaxes(title_text="expert", row=n_rows)
+    n_layers = max(len(trace.y) for trace in figure.data if trace.type == "heatmap")
     figure.update_yaxes(showgrid=False, zeroline=False, autorange="reversed", tickformat="d")
+    if n_layers <= 16:  # few enough to name each
+        figure.update_yaxes(dtick=1)
     figure.update_yaxes(title_text="layer", col=1)
     return figure

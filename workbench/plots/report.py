@@ -36,11 +36,31 @@ class Example:
     opened: bool = True
 
 
+@dataclass(frozen=True)
+class Fact:
+    """One line of a card: what it is about, and the sentence."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One expert of the atlas. contexts: (text before, the token, text after, language) of tokens it weighed most."""
+
+    layer: int
+    expert: int
+    facts: Sequence[Fact]
+    contexts: Sequence[tuple[str, str, str, str]]
+    flagged: bool = False
+
+
 def render_report(
     figures: Mapping[str, go.Figure],
     facts: Mapping[str, Any],
     examples: Sequence[Example],
     settings: Sequence[tuple[str, str]],
+    cards: Sequence[Card] = (),
 ) -> str:
     """The page as HTML text.
 
@@ -48,6 +68,7 @@ def render_report(
         figures: by the name under which report.html.j2 places them; one that is absent leaves its section out.
         facts: the numbers that the template's sentences mention.
         settings: rows (name, value) of the settings table.
+        cards: the atlas of experts, in order of layer and expert.
 
     Everything is escaped: prompts and answers may hold any markup. A content security policy lets only the page's own
     two scripts run and forbids every request.
@@ -66,6 +87,7 @@ def render_report(
         facts=facts,
         examples=examples,
         settings=settings,
+        cards=cards,
         style=Markup(_read("report.css")),
         scripts=[Markup(script) for script in scripts],
         script_hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),

@@ -12,8 +12,9 @@ import numpy as np
 import polars as pl
 
 from workbench.axes import SEGMENTS
+from workbench.stats.index import Frame, Ints, id_matrix, locate, unit_index
 
-Frame = pl.DataFrame | pl.LazyFrame
+PART = 1_000_000  # routing rows counted at once
 
 # Scaffolding is not content, and much of it is alike in all conditions: counting it would make them look more alike
 # than they are (so in arXiv 2601.03425). System and developer text comes from the workbench or the researcher, not from
@@ -30,22 +31,39 @@ def slot_counts(
     `by` are columns of the tokens frame (say group_id, lang); `n_tokens` is the number of tokens of the unit, so that
     slots / n_tokens is the selection frequency f (sums to k over experts) and slots / (k n_tokens) the load
     (sums to 1). Experts that a unit never used have no row. Only tokens of `segments` are counted; padding is never in
-    the frames.
+    the frames. Where the tokens carry a `weight` (matching.py), a token counts that much, scaled to 1 on average over
+    its unit: n_tokens stays the number of tokens, slots are fractions then.
     """
     keys = list(by)
-    kept = tokens.lazy().filter(pl.col("segment").is_in(segments))
-    sizes = kept.group_by(keys).agg(n_tokens=pl.len().cast(pl.Int64))
-    where = kept.select("doc_id", "pos", *(key for key in keys if key not in ("doc_id", "pos")))
-    slots = (
-        routing.lazy()
-        .select("doc_id", "pos", "layer", "expert_ids")
-        .join(where, on=["doc_id", "pos"])
-        .select(*keys, "layer", pl.col("expert_ids").alias("expert"))
-        .explode("expert")
-        .group_by(*keys, "layer", "expert")
-        .agg(slots=pl.len().cast(pl.Int64))
-    )
-    return slots.join(sizes, on=keys, nulls_equal=True).sort(*keys, "layer", "expert").collect()
+    units, where = unit_index(tokens.lazy().filter(pl.col("segment").is_in(segments)), keys)
+    rows = routing.lazy().select("doc_id", "pos", "layer", "expert_ids").collect()
+    place = locate(where, rows)
+    slots = _count(rows, place, where, len(units))
+    counted = slots.join(units, on="unit").select(*keys, "layer", "expert", "slots", "n_tokens")
+    return counted.sort(*keys, "layer", "expert")
+
+
+def _count(rows: pl.DataFrame, place: Ints, where: pl.DataFrame, n_units: int) -> pl.DataFrame:
+    """Columns unit, layer, expert, slots: one pass of counting over flat integers, in parts that fit in memory."""
+    unit, weight = where["unit"].to_numpy(), where["weight"].to_numpy()
+    weighted = bool((weight != 1).any())
+    n_layers, n_experts = (_largest(column) + 1 for column in (rows["layer"], rows["expert_ids"].list.max()))
+    totals = np.zeros(n_units * n_layers * n_experts)
+    for start in range(0, len(rows), PART):
+        part, at = rows[start : start + PART], place[start : start + PART]
+        known = at >= 0
+        layer, ids = part["layer"].to_numpy()[known], id_matrix(part["expert_ids"])[known]  # [row k]
+        keys = (unit[at[known]] * n_layers + layer)[:, None] * n_experts + ids
+        weights = np.repeat(weight[at[known]], ids.shape[1]) if weighted else None
+        totals += np.bincount(keys.ravel(), weights, len(totals))
+    found = np.flatnonzero(totals)
+    names = zip(("unit", "layer", "expert"), np.unravel_index(found, (n_units, n_layers, n_experts)), strict=True)
+    slots = pl.Series(totals[found]).cast(pl.Float64 if weighted else pl.Int64)
+    return pl.DataFrame({**dict(names), "slots": slots})
+
+
+def _largest(numbers: pl.Series) -> int:
+    return int(numbers.to_numpy().max(initial=0))
 
 
 def expert_load(counts: pl.DataFrame, by: Sequence[str], n_experts: int) -> pl.DataFrame:
@@ -95,22 +113,37 @@ def load_balance(load: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
 
 
 def frequency_cube(
-    counts: pl.DataFrame, axis: str, values: Sequence[str], n_experts: int
+    counts: pl.DataFrame, axis: str, values: Sequence[str], n_experts: int, unit: str = "group_id"
 ) -> tuple[list[str], list[int], np.ndarray]:
     """Selection frequencies of paired groups as one array: (group ids, layers, f [value group layer expert]).
 
-    `counts` comes from `slot_counts(..., by=["group_id", axis])` with axis "lang", say. Only groups that have tokens
-    for every one of `values` are kept, sorted by id; layers are those that route. f = slots / n_tokens of that group
-    and value; it sums to k over experts.
+    `counts` comes from `slot_counts(..., by=["group_id", axis])` with axis "lang", say. f = slots / n_tokens of that
+    group and value; it sums to k over experts. Groups, layers and order as in `unit_cube`.
     """
-    layers = counts["layer"].unique().sort().to_list()
-    units = counts.select("group_id", axis).unique().filter(pl.col(axis).is_in(list(values)))
-    paired = units.group_by("group_id").len().filter(pl.col("len") == len(values)).sort("group_id")
-    index = paired.select("group_id").with_row_index("group").with_columns(pl.col("group").cast(pl.Int64))
+    return unit_cube(counts, axis, values, n_experts, pl.col("slots") / pl.col("n_tokens"), unit)
+
+
+def unit_cube(
+    cells: pl.DataFrame, axis: str, values: Sequence[str], n_experts: int, value: pl.Expr, unit: str = "group_id"
+) -> tuple[list[str], list[int], np.ndarray]:
+    """One number per cell as an array: (unit ids, layers, [value unit layer expert]), 0 where there is no row.
+
+    Only units that have rows for every one of `values` are kept, sorted by id; layers are all those of `cells`.
+    """
+    layers = cells["layer"].unique().sort().to_list()
+    present = cells.select(unit, axis).unique().filter(pl.col(axis).is_in(list(values)))
+    paired = present.group_by(unit).len().filter(pl.col("len") == len(values)).sort(unit)
+    index = paired.select(unit).with_row_index("row").with_columns(pl.col("row").cast(pl.Int64))
     depth = pl.col("layer").replace_strict({layer: place for place, layer in enumerate(layers)}, return_dtype=pl.Int64)
     cube = np.zeros((len(values), len(index), len(layers), n_experts))
-    for place, value in enumerate(values):
-        part = counts.filter(pl.col(axis) == value).join(index, on="group_id").with_columns(depth)
-        group, layer, expert = (part[name].cast(pl.Int64).to_numpy() for name in ("group", "layer", "expert"))
-        cube[place, group, layer, expert] = (part["slots"] / part["n_tokens"]).to_numpy()
-    return index["group_id"].to_list(), layers, cube
+    for place, name in enumerate(values):
+        part = cells.filter(pl.col(axis) == name).join(index, on=unit).select("row", depth, "expert", value=value)
+        row, layer, expert = (part[name].cast(pl.Int64).to_numpy() for name in ("row", "layer", "expert"))
+        cube[place, row, layer, expert] = part["value"].to_numpy()
+    return index[unit].to_list(), layers, cube
+
+
+def n_tokens_of(cells: pl.DataFrame, units: Sequence[str], axis: str, values: Sequence[str], unit: str) -> int:
+    """How many tokens the cells of these units and conditions rest on."""
+    kept = cells.filter(pl.col(unit).is_in(list(units)), pl.col(axis).is_in(list(values)))
+    return int(kept.unique([unit, axis])["n_tokens"].sum())

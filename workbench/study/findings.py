@@ -21,7 +21,8 @@ def counted(n: int, noun: str) -> str:
 
 def findings(tokens: pl.DataFrame, frames: dict[str, pl.DataFrame], stop_ids: Collection[int]) -> list[str]:
     """The page's opening lines, from the frames of `study.report.summarise`; `stop_ids` end an answer."""
-    lines = [*_divergence(frames), *_contrasts(frames), *_few_groups(frames), *_lengths(frames)]
+    lines = [*_few_groups(frames), *_divergence(frames), *_shared(frames), *_audit(frames), *_contrasts(frames)]
+    lines += _lengths(frames)
     lines.append(_balance(frames["balance"]))
     unfinished = _unfinished(tokens, stop_ids)
     return [*lines, unfinished] if unfinished else lines
@@ -73,7 +74,42 @@ def _few_groups(frames: dict[str, pl.DataFrame]) -> list[str]:
     n_groups = frames["contrasts"]["n_groups"][0] if "contrasts" in frames else FEW_GROUPS
     if n_groups >= FEW_GROUPS:
         return []
-    return [f"These are {counted(n_groups, 'prompt group')}: below {FEW_GROUPS}, intervals are too narrow to rely on."]
+    verb = "This is" if n_groups == 1 else "These are"
+    return [f"{verb} {counted(n_groups, 'prompt group')}: below {FEW_GROUPS}, intervals are too narrow to rely on."]
+
+
+def _shared(frames: dict[str, pl.DataFrame]) -> list[str]:
+    """The primary answer: the same words in both languages."""
+    if "shared" not in frames or "calibrated" not in frames:
+        return []
+    frame, matched = frames["shared"], frames["matching"]
+    flagged, kept = frame.filter("flagged"), " and ".join(f"{share:.0%}" for share in matched["share"])
+    risk, logit = frames["calibrated"].row(0)
+    lines = [
+        f"On the words that both languages of a group share ({kept} of the tokens), {len(flagged)} of "
+        f"{counted(len(frame), 'expert')} differ between the languages beyond the floors calibrated on planted models "
+        f"of this shape (|difference| {risk:g}, |logit| {logit:g} sd)."
+    ]
+    if len(flagged):
+        top = flagged.row(0, named=True)
+        lines.append(
+            f"The largest of these is layer {top['layer']}, expert {top['expert']}, used more in "
+            f"{NAMES['ja' if top['side'] > 0 else 'en']}: {abs(top['risk_difference']):.3f} of the shared words "
+            f"(95% interval of JA - EN {top['low']:+.3f} to {top['high']:+.3f})."
+        )
+    return lines
+
+
+def _audit(frames: dict[str, pl.DataFrame]) -> list[str]:
+    if "audit" not in frames or frames["audit"].is_empty():
+        return []
+    removed = frames["audit"].filter(kind="reroute")
+    matter = removed.filter(pl.col("p_kl") <= ALPHA)
+    return [
+        f"Of the {counted(len(removed), 'flagged expert')} with the largest differences, {len(matter)} matter more "
+        f"when removed than {removed['n_controls'][0]} random controls of their layer and load (p <= {ALPHA}, "
+        "not corrected over experts)."
+    ]
 
 
 def _lengths(frames: dict[str, pl.DataFrame]) -> list[str]:

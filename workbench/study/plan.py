@@ -10,7 +10,7 @@ from typing import Any
 
 from workbench.axes import EFFORTS, LANGUAGES
 from workbench.chat import Message, render_tokens
-from workbench.errors import PromptError, RunError
+from workbench.errors import ConfigError, PromptError, RunError
 from workbench.interventions import Intervention, to_json
 from workbench.io.prompts import Prompt
 from workbench.io.tokens import Tokenizer
@@ -27,6 +27,7 @@ class Settings:
     a base model the bare text after BOS, without effort. max_new_tokens: 0 writes no answers. date: the current date
     told to the model. batch_size: documents per pass; it decides the last bits of the numbers, so it is a setting too.
     interventions: act while answers are written and while their routing is read.
+    router_logits: also keep the logits of all experts; norms: also measure how much each chosen expert adds.
     """
 
     template: str = "harmony"
@@ -35,6 +36,8 @@ class Settings:
     batch_size: int = 32
     date: str = "2026-01-01"
     interventions: tuple[Intervention, ...] = ()
+    router_logits: bool = False
+    norms: bool = False
 
     def __post_init__(self) -> None:
         if self.template not in TEMPLATES:
@@ -98,6 +101,8 @@ class Document:
     lang: str
     effort: str | None
     ids: tuple[int, ...]
+    script: str
+    split: str
 
 
 def choose_prompts(prompts: Iterable[Prompt], limit: int | None = None) -> list[Prompt]:
@@ -135,13 +140,26 @@ def plan_documents(
             for effort in settings.efforts
             for prompt in prompts
         ]
+        _check_efforts(documents, settings.efforts)
     ranks = {effort: rank for rank, effort in enumerate((None, *settings.efforts))}
     return sorted(documents, key=lambda document: (ranks[document.effort], len(document.ids)))
 
 
+def _check_efforts(documents: Sequence[Document], efforts: Sequence[str]) -> None:
+    """Raises ConfigError when two efforts render alike for every prompt: one would be compared with itself."""
+    rendered = {effort: [doc.ids for doc in documents if doc.effort == effort] for effort in efforts}
+    for place, effort in enumerate(efforts):
+        for other in efforts[place + 1 :]:
+            if rendered[effort] == rendered[other]:
+                raise ConfigError(
+                    f"efforts: expected a chat template that tells {effort} from {other}, got the same tokens for "
+                    f"both. Pass --efforts {effort}."
+                )
+
+
 def _document(prompt: Prompt, effort: str | None, ids: Sequence[int]) -> Document:
     name = prompt.doc_id if effort is None else f"{prompt.doc_id}-{effort}"
-    return Document(name, prompt.group_id, prompt.topic, prompt.lang, effort, tuple(ids))
+    return Document(name, prompt.group_id, prompt.topic, prompt.lang, effort, tuple(ids), prompt.script, prompt.split)
 
 
 def _chat_ids(prompt: Prompt, effort: str, tokenizer: Tokenizer, date: str, template: str | None) -> list[int]:

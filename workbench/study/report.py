@@ -11,17 +11,25 @@ import polars as pl
 
 from workbench.axes import LANGUAGES
 from workbench.errors import RunError
-from workbench.io.run_files import write_text
+from workbench.io.run_files import atomic, write_text
 from workbench.io.runs import Run
 from workbench.plots.distributions import contrast_forest, divergence_curves, layer_curves, length_bars
+from workbench.plots.experts import audit_points, drift_curves, factor_bars, timeline_curves
 from workbench.plots.heatmaps import contrast_map, load_map
 from workbench.plots.report import render_report
 from workbench.plots.theme import ordered
-from workbench.stats.contrasts import language_contrasts, language_divergence
+from workbench.stats.divergence import language_divergence
+from workbench.stats.events import timeline
+from workbench.stats.information import decompose_routing
 from workbench.stats.load import CONTENT_SEGMENTS, TEMPLATE_SEGMENTS, expert_load, load_balance, slot_counts
 from workbench.stats.summaries import layer_means, segment_lengths
+from workbench.study.atlas import MAX_CARDS, atlas_cards, atlas_frames
+from workbench.study.compare import comparison_facts, read_comparison
 from workbench.study.examples import choose_examples
+from workbench.study.experts import read_experts
 from workbench.study.findings import counted, findings
+from workbench.study.languages import language_facts, language_frames, methods
+from workbench.study.swap import SWAP_SIDES, swap_frames
 
 Frames = dict[str, pl.DataFrame]
 
@@ -39,8 +47,13 @@ def write_report(run: Run | str | Path, seed: int | None = None) -> Path:
     tokens = run.tokens.collect()
     frames = summarise(run, tokens)
     page = render_report(
-        draw(frames), _facts(run, tokens, frames), choose_examples(tokens, run.routing), _settings_table(run.manifest)
+        draw(frames),
+        _facts(run, tokens, frames),
+        choose_examples(tokens, run.routing),
+        _settings_table(run.manifest),
+        atlas_cards(frames, run.n_experts),
     )
+    write_tables(run, frames)
     path = run.path / "report.html"
     write_text(path, page)
     return path
@@ -61,7 +74,7 @@ def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
     if set(LANGUAGES) <= set(tokens["lang"]):
         counts = slot_counts(tokens, run.routing, ["group_id", "lang"])
         frames["divergence"] = language_divergence(counts, run.n_experts, seed=seed)
-        frames["contrasts"] = language_contrasts(counts, run.n_experts, seed=seed)
+        frames |= language_frames(run, tokens)
     frames["load_by_segment"] = frames["load_by_segment"].filter(pl.col("segment").is_in(_common_segments(load)))
     for value in ("entropy", "margin"):
         for by, column in _PANELS.items():
@@ -71,7 +84,22 @@ def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
                 frames[f"{value}_by_{by}"] = means
     if "analysis" in set(tokens.filter(pl.col("effort").is_not_null())["segment"]):
         frames["lengths"] = segment_lengths(tokens, seed=seed)
-    return frames
+        entropy = run.routing.select("doc_id", "pos", "layer", "router_entropy").collect()
+        frames["timeline"] = timeline(entropy, tokens, "router_entropy")
+    frames["bits"] = decompose_routing(tokens, run.routing, seed=seed)
+    return frames | atlas_frames(run, tokens) | read_experts(run) | swap_frames(run) | read_comparison(run)
+
+
+def write_tables(run: Run, frames: Frames) -> None:
+    """Every statistic of the page as tables/NAME.parquet and, lists joined by spaces, tables/NAME.csv."""
+    folder = run.path / "tables"
+    folder.mkdir(exist_ok=True)
+    for name, frame in frames.items():
+        with atomic(folder / f"{name}.parquet") as file:
+            frame.write_parquet(file)
+        lists = pl.selectors.by_dtype(pl.List(pl.String))
+        with atomic(folder / f"{name}.csv") as file:
+            frame.with_columns(lists.list.join(" ")).write_csv(file)
 
 
 _PANELS = {"language": "lang", "segment": "segment"}
@@ -91,6 +119,19 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
         figures["divergence"] = divergence_curves(frames["divergence"])
         figures["forest"] = contrast_forest(frames["contrasts"])
         figures["contrast_map"] = contrast_map(frames["contrasts"])
+    if "shared" in frames:
+        figures["shared_forest"] = contrast_forest(frames["shared"])
+        figures["shared_map"] = contrast_map(frames["shared"], mark="flagged")
+    if not frames.get("audit", pl.DataFrame()).is_empty():
+        figures["audit"] = audit_points(frames["audit"])
+    for header, sides in SWAP_SIDES.items():
+        if f"swap_{header}" in frames:
+            figures[f"swap_{header}"] = contrast_map(frames[f"swap_{header}"], sides=sides, mark="flagged")
+    figures["bits"] = factor_bars(frames["bits"])
+    if not frames.get("timeline", pl.DataFrame()).is_empty():
+        figures["timeline"] = timeline_curves(frames["timeline"], "router entropy (nats)")
+    if "drift" in frames:
+        figures["drift"] = drift_curves(frames["drift"])
     for value, title in (("entropy", "router entropy (nats)"), ("margin", "router margin (logits)")):
         for by, column in _PANELS.items():
             if f"{value}_by_{by}" in frames:
@@ -117,6 +158,10 @@ def _facts(run: Run, tokens: pl.DataFrame, frames: Frames) -> dict[str, Any]:
         "max_entropy": f"{math.log(model['n_experts']):.2f}",
         "findings": findings(tokens, frames, model["stop_ids"]),
         "policy": _policy(run, tokens),
+        "methods": methods(run, tokens, frames),
+        "cards_cut": counts["n_routed_layers"] * model["n_experts"] > MAX_CARDS,
+        **comparison_facts(frames),
+        **language_facts(run, frames),
     }
 
 

@@ -12,10 +12,12 @@ import polars as pl
 from workbench.axes import SEGMENTS, TOKEN_COLUMNS
 from workbench.capture import capture_routing, check_room, routed_layers, suitable_threads, write_answers
 from workbench.chat import label_tokens
+from workbench.errors import ShapeError
 from workbench.interventions import Interventions
 from workbench.io.prompts import LANGS, Prompt
 from workbench.io.run_files import Labels
 from workbench.io.runs import Run, RunWriter
+from workbench.io.token_class import places, token_classes, word_starts
 from workbench.io.tokens import Tokenizer
 from workbench.models import Llama
 from workbench.study.describe import describe_model, describe_prompts, describe_sitting, tokenizer_of
@@ -36,7 +38,7 @@ def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings
     Interventions(settings.interventions).check(model)
     tokenizer = tokenizer_of(model)
     documents = plan_documents(prompts, tokenizer, settings, model.chat_template)
-    check_room(model, [document.ids for document in documents], settings.max_new_tokens)
+    _check_lengths(model, documents, settings.max_new_tokens)
     batches = [
         documents[start : start + settings.batch_size] for start in range(0, len(documents), settings.batch_size)
     ]
@@ -52,10 +54,20 @@ def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings
         return writer.finish(watch.report())
 
 
+def _check_lengths(model: Llama, documents: Sequence[Document], max_new_tokens: int) -> None:
+    """Raises ShapeError naming the document that does not fit the context, before anything runs."""
+    for document in documents:
+        try:
+            check_room(model, [document.ids], max_new_tokens)
+        except ShapeError as error:
+            effort = f" at {document.effort} effort" if document.effort else ""
+            raise ShapeError(f"prompt {document.doc_id}{effort}: {error}") from None
+
+
 def measure(
     model: Llama, tokenizer: Tokenizer, batch: Sequence[Document], settings: Settings, watch: Stopwatch
-) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray, Labels]:
-    """One batch: (tokens, routing, expert load [lang segment layer expert], labels of the load's first axes)."""
+) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray, Labels, np.ndarray | None]:
+    """One batch: (tokens, routing, expert load [lang segment layer expert], its labels, router logits if asked for)."""
     interventions = Interventions(
         settings.interventions,
         label=partial(label_tokens, tokenizer=tokenizer),
@@ -65,7 +77,8 @@ def measure(
     with watch("generation"), model.intervene(interventions):
         answers = write_answers(model, [document.ids for document in batch], settings.max_new_tokens)
     with watch("capture"), model.intervene(interventions):
-        routing = capture_routing(model, [[*doc.ids, *answer] for doc, answer in zip(batch, answers, strict=True)])
+        sequences = [[*doc.ids, *answer] for doc, answer in zip(batch, answers, strict=True)]
+        routing = capture_routing(model, sequences, settings.router_logits, settings.norms)
     with watch("frames"):
         tokens = pl.concat([token_frame(doc, answer, tokenizer) for doc, answer in zip(batch, answers, strict=True)])
         labels: Labels = {"lang": list(LANGS), "segment": list(SEGMENTS), "layer": list(routing.layers)}
@@ -73,26 +86,28 @@ def measure(
             (LANGS.index(lang), SEGMENTS.index(segment)) for lang, segment in tokens.select("lang", "segment").rows()
         ]
         load = routing.load(cells, (len(LANGS), len(SEGMENTS)))
-        return tokens, routing.frame(tokens["doc_id"].to_list(), tokens["pos"].to_list()), load, labels
+        frame = routing.frame(tokens["doc_id"].to_list(), tokens["pos"].to_list())
+        return tokens, frame, load, labels, routing.router_logits
 
 
 def token_frame(document: Document, answer: Sequence[int], tokenizer: Tokenizer) -> pl.DataFrame:
     """One row per token of a conversation, with axes.TOKEN_COLUMNS; `answer` are the ids that the model wrote."""
     ids = [*document.ids, *answer]
-    return (
-        pl.DataFrame(
-            {
-                "doc_id": document.doc_id,
-                "group_id": document.group_id,
-                "topic": document.topic,
-                "lang": document.lang,
-                "pos": range(len(ids)),
-                "token_id": ids,
-                "token": tokenizer.to_str_tokens(ids),
-                "segment": label_tokens(ids, tokenizer),
-                "phase": ["prefill"] * len(document.ids) + ["decode"] * len(answer),
-            }
-        )
-        .with_columns(effort=pl.lit(document.effort, dtype=pl.String))
-        .select(TOKEN_COLUMNS)
-    )
+    tokens = pl.DataFrame(
+        {
+            "doc_id": document.doc_id,
+            "group_id": document.group_id,
+            "split": document.split,
+            "topic": document.topic,
+            "lang": document.lang,
+            "script": document.script,
+            "pos": range(len(ids)),
+            "token_id": ids,
+            "token": tokenizer.to_str_tokens(ids),
+            "token_class": token_classes(ids, tokenizer),
+            "word_initial": word_starts(ids, tokenizer),
+            "segment": label_tokens(ids, tokenizer),
+            "phase": ["prefill"] * len(document.ids) + ["decode"] * len(answer),
+        }
+    ).with_columns(effort=pl.lit(document.effort, dtype=pl.String))
+    return tokens.hstack(places(tokens["segment"])).select(TOKEN_COLUMNS)

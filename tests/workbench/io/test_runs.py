@@ -17,19 +17,21 @@ from workbench.io.run_files import atomic, write_load
 from workbench.io.runs import Run, RunWriter
 
 MODEL = {"name": "m", "n_experts": 4, "k": 2, "stop_ids": [2], "dtype": "float32"}
-SETTINGS = {"template": "harmony", "max_new_tokens": 0, "efforts": ["low"]}
+SETTINGS = {"template": "harmony", "max_new_tokens": 0, "efforts": ["low"], "router_logits": False, "norms": False}
 IDENTITY = {"model": MODEL, "settings": SETTINGS}
 LABELS = {"lang": ["ja", "en"], "segment": ["user"], "layer": [0, 2]}
 
 
 def batch(part: int) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray, dict[str, list]]:
     """Two tokens of one document, routed in layers 0 and 2 to k = 2 of 4 experts."""
-    doc = {"doc_id": f"d{part}", "group_id": f"g{part}", "topic": "t", "lang": "ja", "effort": None, "segment": "user"}
-    tokens = pl.DataFrame([{**doc, "pos": pos, "token_id": 7, "token": "日", "phase": "prefill"} for pos in range(2)])
+    doc = dict.fromkeys(TOKEN_COLUMNS, None) | {"doc_id": f"d{part}", "group_id": f"g{part}"}
+    doc |= {"lang": "ja", "segment": "user", "phase": "prefill", "token_id": 7, "token": "日"}
+    tokens = pl.DataFrame([{**doc, "pos": pos} for pos in range(2)])
     routing = pl.DataFrame(
         [
             {"doc_id": f"d{part}", "pos": pos, "layer": layer, "expert_ids": [part, 3], "routing_weights": [0.75, 0.25],
-             "router_entropy": 1.0, "router_margin": None}
+             "router_entropy": 1.0, "router_margin": None, "router_lse": 2.0, "router_mass": 0.5,
+             "expert_norms": None, "mlp_in_norm": None, "mlp_out_norm": None}
             for pos in range(2)
             for layer in (0, 2)
         ]
@@ -153,7 +155,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 99}'])
 def test_a_foreign_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(RunError, match=r"manifest\.json: expected"):

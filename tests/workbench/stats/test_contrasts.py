@@ -5,7 +5,8 @@ import polars as pl
 import polars.selectors as cs
 import pytest
 
-from workbench.stats.contrasts import js_divergence, language_contrasts, language_divergence
+from workbench.stats.contrasts import language_contrasts
+from workbench.stats.divergence import js_divergence, language_divergence
 from workbench.stats.load import slot_counts
 
 SHAPE = {"n_layers": 2, "n_experts": 8}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from workbench.stats.resampling import bootstrap_mean, jackknife_interval, sign_flip_max_t
+from workbench.stats.resampling import bootstrap_mean, jackknife_interval, sign_flip_max_t, t_interval
 
 
 def test_bootstrap_interval_covers_the_true_mean_in_about_95_percent_of_draws() -> None:
@@ -85,3 +85,12 @@ def test_no_p_value_is_below_what_the_flips_can_show() -> None:
     differences = np.full((30, 2), 5.0) + np.random.default_rng(0).normal(0, 0.01, (30, 2))
     _, p = sign_flip_max_t(differences, n_flips=99)
     assert p == pytest.approx(1 / 100)
+
+
+def test_t_interval_is_the_textbook_one() -> None:
+    values = np.array([[1.0, 0.0], [2.0, 0.0], [4.0, 0.0], [5.0, 0.0]])
+    low, high = t_interval(values)
+    half_width = 3.182446 * np.sqrt(10 / 3) / 2  # t of 3 degrees of freedom
+    np.testing.assert_allclose(low, [3 - half_width, 0], rtol=1e-5)
+    np.testing.assert_allclose(high, [3 + half_width, 0], rtol=1e-5)
+    assert np.isnan(t_interval(values[:1])).all()

@@ -47,6 +47,9 @@ def test_the_page_has_every_figure_and_stays_small(page: str) -> None:
         "divergence",
         "forest",
         "contrast_map",
+        "shared_forest",
+        "shared_map",
+        "bits",
         "entropy_by_language",
         "entropy_by_segment",
         "margin_by_language",
@@ -68,7 +71,7 @@ def test_the_page_asks_for_nothing_outside_itself(page: str) -> None:
 
 def test_hostile_prompts_stay_text(page: str) -> None:
     parsed = Page(page)
-    assert [name for name, _ in parsed.tags].count("script") == 12  # ten figures, plotly, our own
+    assert [name for name, _ in parsed.tags].count("script") == 15  # thirteen figures, plotly, our own
     assert "img" not in [name for name, _ in parsed.tags]
     assert "alert(1)</script>" not in page
 

@@ -8,11 +8,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import polars.selectors as cs
 import pytest
 from polars.testing import assert_frame_equal
 
-from workbench.axes import SEGMENTS
+from workbench.axes import SEGMENTS, TOKEN_CLASSES
 from workbench.config import LlamaConfig
 from workbench.errors import ConfigError, RunError, ShapeError, TokenizerError
 from workbench.io.prompts import Prompt
@@ -100,11 +102,11 @@ def test_an_interrupted_study_continues_to_the_same_result(
 ) -> None:
     capture, calls = run_module.capture_routing, []
 
-    def stopping(model: Llama, sequences: list) -> object:
+    def stopping(model: Llama, sequences: list, *options: bool) -> object:
         calls.append(len(sequences))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return capture(model, sequences)
+        return capture(model, sequences, *options)
 
     monkeypatch.setattr(run_module, "capture_routing", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -112,6 +114,48 @@ def test_an_interrupted_study_continues_to_the_same_result(
     assert_same(run_study(small, prompts, tmp_path, settings), finished_run)
     assert calls == [8, 8, 8, 8, 6]  # 30 documents in 4 batches, the third one twice
     assert len(Run.open(tmp_path).manifest["sittings"]) == 2
+
+
+def test_logits_and_norms_are_kept_when_asked_for(
+    finished_run: Run, small: Llama, prompts: list[Prompt], settings: Settings, tmp_path: Path
+) -> None:
+    run = run_study(small, prompts, tmp_path, replace(settings, router_logits=True, norms=True))
+    routing = run.routing.collect()
+    assert_frame_equal(routing.drop(cs.contains("norm")), finished_run.routing.collect().drop(cs.contains("norm")))
+    shards = list(run.router_logits())
+    assert_frame_equal(pl.concat([tokens for tokens, _, _ in shards]), run.tokens.collect())
+    logits = np.concatenate([logits for _, _, logits in shards])  # [token layer expert]
+    ids = np.argsort(-logits, axis=-1, kind="stable")[..., :2].reshape(-1, 2)
+    clear = (routing["router_margin"] > 0.01).to_numpy()
+    assert (np.sort(ids, 1) == np.sort(np.stack(routing["expert_ids"].to_list()), 1))[clear].all()
+    assert routing["expert_norms"].list.len().unique().to_list() == [2]
+    assert (routing["expert_norms"].list.sum() >= routing["mlp_out_norm"] * 0.999).all()  # the triangle inequality
+    with pytest.raises(RunError, match="with router logits, got one without"):
+        finished_run.router_logits()
+
+
+def test_a_run_with_a_shard_missing_is_refused(
+    small: Llama, prompts: list[Prompt], settings: Settings, tmp_path: Path
+) -> None:
+    run = run_study(small, prompts, tmp_path, replace(settings, router_logits=True, max_new_tokens=0))
+    (run.path / "router_logits" / "000001.safetensors").unlink()
+    with pytest.raises(RunError, match="expected the router logits of"):
+        Run.open(tmp_path)
+    (run.path / "router_logits" / "000000.safetensors").write_bytes(b"nothing")
+    with pytest.raises(RunError, match="expected router logits, got"):
+        Run.open(tmp_path)
+
+
+def test_every_token_has_a_class_and_a_place(finished_run: Run) -> None:
+    tokens = finished_run.tokens.collect()
+    assert set(tokens["token_class"]) <= set(TOKEN_CLASSES)
+    assert tokens.filter(pl.col("token_id") < 14)["token_class"].unique().to_list() == ["special"]
+    runs = tokens.group_by("doc_id", "segment_index").agg(
+        pl.col("segment").n_unique(), ordered=(pl.col("pos_in_segment") == pl.int_range(pl.len())).all()
+    )
+    assert runs["segment"].unique().to_list() == [1]
+    assert runs["ordered"].all()
+    assert tokens["split"].unique().to_list() == ["discovery"]
 
 
 @pytest.mark.parametrize(

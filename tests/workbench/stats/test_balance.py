@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+
+from workbench.stats.balance import (
+    auxiliary_loss,
+    balance,
+    balance_by_scope,
+    balance_measures,
+    lorenz_curve,
+    margin_summary,
+)
+from workbench.stats.load import expert_load, slot_counts
+
+
+def test_measures_by_hand() -> None:
+    found = balance_measures(np.array([4.0, 2.0, 2.0, 0.0]), k=2)
+    assert found["entropy"] == pytest.approx(0.75)
+    assert found["gini"] == pytest.approx((3 * 0.5 + 1 * 0.25 - 1 * 0.25) / 4)
+    assert found["cv"] == pytest.approx(np.std([2, 1, 1, 0]))
+    assert found["max_ratio"] == 2
+    assert (found["n_idle"], found["n_dead"], found["n_hot"]) == (1, 1, 1)
+    even = balance_measures(np.full(8, 5.0), k=2)
+    assert (even["entropy"], even["gini"], even["cv"], even["max_ratio"]) == pytest.approx((1, 0, 0, 1))
+    worst = balance_measures(np.array([10.0] * 8 + [0.0] * 120), k=8)
+    assert worst["max_ratio"] == 16  # E / k of LLM-jp-4
+
+
+def test_the_miller_madow_correction_takes_the_small_sample_bias_out() -> None:
+    rng = np.random.default_rng(0)
+    q = rng.dirichlet(np.full(32, 20.0))
+    truth = balance_measures(q * 1e9, k=1)["entropy"]
+    small = balance_measures(rng.multinomial(200, q, 400).astype(float), k=1)
+    raw, corrected = small["entropy"].mean() - truth, small["entropy_corrected"].mean() - truth
+    assert raw == pytest.approx(-31 / 400 / np.log(32), rel=0.15)
+    assert abs(corrected) < abs(raw) / 8
+
+
+def test_the_null_of_entropy_is_what_a_uniform_router_gives(draw) -> None:
+    tokens, routing = draw(n_groups=40, n_tokens=5, n_layers=1, n_experts=16, k=1, seed=0, spread=0.0)
+    frame = balance(slot_counts(tokens, routing, ["group_id", "lang"]), ["lang"], 16, k=1)
+    entropy = frame.filter(pl.col("measure") == "entropy")
+    np.testing.assert_allclose(entropy["value"], entropy["null"], atol=0.012)
+    assert entropy["n_units"].to_list() == [40, 40]
+    assert (entropy["null"] < 1).all()
+
+
+def test_jackknife_intervals_of_the_entropy_cover_its_long_run_value(draw) -> None:
+    def entropy(seed: int, n_groups: int) -> tuple[float, float, float]:
+        tokens, routing = draw(n_groups=n_groups, n_tokens=6, n_layers=1, n_experts=8, k=2, seed=seed, shift=2.0)
+        frame = balance(slot_counts(tokens, routing, ["group_id"]), [], 8, k=2)
+        return frame.filter(pl.col("measure") == "gini").select("value", "low", "high").row(0)
+
+    truth = np.mean([entropy(1000 + seed, 300)[0] for seed in range(3)])
+    covered = np.mean([low <= truth <= high for _, low, high in (entropy(seed, 40) for seed in range(40))])
+    assert covered >= 0.85
+
+
+def test_pooling_over_layers_hides_what_every_layer_shows() -> None:
+    rows = [(layer, expert, 1.0 if expert == layer else 0.0) for layer in range(4) for expert in range(4)]
+    table = auxiliary_loss(pl.DataFrame(rows, schema=["layer", "expert", "load"], orient="row"))
+    values = dict(table.rows())
+    assert values["mean of layers"] == 4.0
+    assert values["layer 2"] == 4.0
+    assert values["pooled"] == 1.0
+
+
+def test_documents_may_be_uneven_while_everything_together_is_even() -> None:
+    tokens = pl.DataFrame(
+        [(f"d{doc}", pos, "ja" if doc < 4 else "en", "user") for doc in range(8) for pos in range(200)],
+        schema=["doc_id", "pos", "lang", "segment"], orient="row",
+    )  # fmt: skip
+    owner = tokens["doc_id"].str.slice(1).cast(pl.Int64)
+    routing = tokens.select("doc_id", "pos", layer=pl.lit(0), expert_ids=pl.concat_list(owner))
+    scopes = balance_by_scope(tokens, routing, n_experts=8, k=1, window=400)
+    found = {row["scope"]: row for row in scopes.rows(named=True)}
+    assert found["document"]["entropy_corrected"] == 0
+    assert found["window"]["entropy_corrected"] == pytest.approx(1 / 3, abs=0.01)
+    assert found["language"]["entropy_corrected"] == pytest.approx(2 / 3, abs=0.01)
+    assert found["global"]["entropy_corrected"] == pytest.approx(1, abs=0.01)
+    assert (found["document"]["n_units"], found["window"]["n_units"], found["global"]["mean_tokens"]) == (8, 4, 1600)
+
+
+def test_lorenz_runs_from_nothing_to_everything(tiny) -> None:
+    load = expert_load(slot_counts(*tiny, by=["lang"]), by=["lang"], n_experts=4)
+    curve = lorenz_curve(load, ["lang"]).filter(pl.col("lang") == "ja")
+    assert curve["experts"].to_list() == [0, 0.25, 0.5, 0.75, 1]
+    assert curve["slots"].to_list() == [0, 0, 0.25, 0.5, 1]
+
+
+def test_margins_by_hand(tiny) -> None:
+    tokens, routing = tiny
+    routing = routing.with_columns(router_margin=pl.Series([9.0, 0.0, 0.05, 1.0]), router_mass=pl.lit(0.5))
+    summary = margin_summary(tokens, routing, ["lang"])
+    japanese = summary.row(by_predicate=pl.col("lang") == "ja", named=True)
+    assert (japanese["ties"], japanese["near_0.01"], japanese["near_0.1"]) == (0.5, 0.5, 1.0)
+    assert (japanese["n_tokens"], japanese["n_docs"], japanese["mass"]) == (2, 1, 0.5)
+    none = margin_summary(tokens, routing.with_columns(router_margin=pl.lit(None, dtype=pl.Float64)))
+    assert none.is_empty()

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+
+from workbench.errors import FrameError
+from workbench.stats.baselines import anchor_pmi, committee, geometry_baseline, translation_retrieval
+from workbench.stats.load import slot_counts
+from workbench.stats.logits import logit_cells
+
+
+def test_a_committee_serves_every_condition(words, routed) -> None:
+    tokens, _, [(_, layers, logits)] = words(n_groups=20, context=4.0)
+    logits = logits.copy()
+    logits[..., 10] += 4.0  # everywhere; expert 0 only in Japanese
+    cells = logit_cells([(tokens, layers, logits)], tokens, ["group_id", "lang"])
+    found = committee(cells, "lang", 16, k=2)
+    assert found.filter("committee")["expert"].to_list() == [10]
+    row = found.row(10, named=True)
+    assert (row["mean_rank"], row["in_top"], row["size"], row["n_conditions"]) == (1.5, 1.0, 1, 2)
+    assert row["coverage"] == pytest.approx(row["eci"])
+    assert row["density_ratio"] > 5
+    assert not found.row(0, named=True)["candidate"]
+    assert found["eci"].sum() == pytest.approx(1)
+
+
+def test_anchor_information_by_hand() -> None:
+    tokens = pl.DataFrame({"doc_id": "a", "group_id": "a", "pos": range(8), "segment": "analysis"})
+    routing = tokens.select(
+        "doc_id", "pos", layer=pl.lit(0), expert_ids=pl.Series([[1], [1], [0], [0], [0], [0], [0], [1]])
+    )
+    anchors = pl.DataFrame({"doc_id": "a", "pos": [0, 1], "event": "wait"})
+    found = anchor_pmi(tokens, routing, anchors, 3)
+    assert found["npmi"].to_list() == [None, pytest.approx((0 + np.log2(8 / 3)) / np.log2(8 / 2)), None]
+    row = found.row(1, named=True)
+    assert (row["rate"], row["base_rate"], row["n_anchors"], row["n_tokens"]) == (1.0, 3 / 8, 2, 8)
+
+
+def test_anchors_of_chance_have_no_information_and_planted_ones_do(words) -> None:
+    tokens, routing, _ = words()
+    rng = np.random.default_rng(0)
+    at = rng.random(len(tokens)) < 0.1
+    anchors = tokens.filter(pl.Series(at)).select("doc_id", "pos", event=pl.lit("x"))
+    null = anchor_pmi(tokens, routing, anchors, 16)
+    covered = (null["low"] <= 0) & (null["high"] >= 0)
+    assert covered.mean() > 0.8
+    lists = [[7, 1] if mark else chosen for mark, chosen in zip(at, routing["expert_ids"].to_list(), strict=True)]
+    planted = anchor_pmi(tokens, routing.with_columns(expert_ids=pl.Series(lists)), anchors, 16)
+    top = planted.drop_nulls("npmi").sort("npmi", descending=True).row(0, named=True)
+    assert top["expert"] in (1, 7)
+    assert top["low"] > 0.2
+
+
+def geometry(aligned: bool, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Routes follow the hidden state; or, not aligned, also the language, of which the states know nothing."""
+    rng = np.random.default_rng(seed)
+    n = 40
+    states = rng.normal(size=(n, 12))
+    language = np.arange(n) % 2
+    logits = states @ rng.normal(size=(12, 16)) * 0.5
+    if not aligned:
+        logits[:, 0] += 3.0 * language
+    routes = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    docs = [f"d{doc:02}" for doc in range(n)]
+    counts = pl.DataFrame(
+        {"doc_id": np.repeat(docs, 16), "layer": 0, "expert": np.tile(np.arange(16), n), "slots": routes.ravel()}
+    )
+    hidden = pl.DataFrame({"doc_id": docs, "layer": 0, "mean_in": states.tolist()})
+    return counts, hidden, pl.DataFrame({"doc_id": docs, "lang": np.where(language, "ja", "en")})
+
+
+def test_what_geometry_explains_is_not_called_language() -> None:
+    plain = geometry_baseline(*geometry(aligned=True), "lang", 16, n_shuffles=199).row(0, named=True)
+    assert plain["r2"] > 0.2
+    assert plain["p"] > 0.05
+    beyond = geometry_baseline(*geometry(aligned=False), "lang", 16, n_shuffles=199).row(0, named=True)
+    assert beyond["p"] == pytest.approx(1 / 200)
+    assert beyond["gap_residual"] > 0.01
+    assert (beyond["n_docs"], beyond["n_pairs"]) == (40, 780)
+
+
+def test_a_document_without_a_state_is_an_error() -> None:
+    counts, hidden, labels = geometry(aligned=True)
+    with pytest.raises(FrameError, match="got none for d39"):
+        geometry_baseline(counts, hidden.head(39), labels, "lang", 16)
+
+
+def test_translations_find_each_other_by_topic_only(draw) -> None:
+    same = slot_counts(
+        *draw(n_groups=12, n_tokens=200, n_layers=2, n_experts=16, k=2, seed=0, spread=0.0), ["group_id", "lang"]
+    )
+    chance = translation_retrieval(same, "lang", ("ja", "en"), 16)
+    assert chance["hits"].max() < 0.4
+    assert chance["chance"][0] == pytest.approx(1 / 12)
+    content = draw(n_groups=12, n_tokens=200, n_layers=2, n_experts=16, k=2, seed=0, spread=1.5)[1]
+    copy = content.filter(pl.col("doc_id").str.ends_with("ja"))
+    twin = copy.with_columns(doc_id=pl.col("doc_id").str.replace("ja", "en"))
+    tokens = draw(n_groups=12, n_tokens=200, n_layers=2, n_experts=16, k=2, seed=0)[0]
+    found = translation_retrieval(
+        slot_counts(tokens, pl.concat([copy, twin]), ["group_id", "lang"]), "lang", ("ja", "en"), 16
+    )
+    assert found["hits"].to_list() == [1, 1]
+    assert (found["low"] < 1).all()

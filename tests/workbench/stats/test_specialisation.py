@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+
+from workbench.stats.specialisation import specialisation, top_tokens, vocabulary_specialisation
+
+
+def test_a_language_expert_is_found_within_groups(words) -> None:
+    tokens, routing, _ = words(context=2.0)
+    found = specialisation(tokens, routing, "lang", 16)
+    japanese = found.filter(pl.col("value") == "ja", pl.col("expert") == 0).row(0, named=True)
+    assert japanese["design"] == "within"
+    assert japanese["difference"] == pytest.approx(japanese["f_in"] - japanese["f_out"])
+    assert japanese["low"] > 0.2
+    assert japanese["p_adjusted"] < 0.05
+    assert japanese["log2_ratio"] > 1
+    english = found.filter(pl.col("value") == "en", pl.col("expert") == 0).row(0, named=True)
+    assert english["difference"] == pytest.approx(-japanese["difference"])
+    assert (japanese["n_units"], japanese["n_tests"]) == (30, 32)
+    others = found.filter(pl.col("expert") > 0)
+    assert others["difference"].abs().max() < 0.15  # displaced by expert 0, since a token has k places
+
+
+def test_topics_differ_between_groups(words) -> None:
+    tokens, routing, _ = words(n_groups=40)
+    found = specialisation(tokens, routing, "topic", 16)
+    assert found["design"].unique().to_list() == ["between"]
+    best = found.filter(pl.col("p_adjusted") <= 0.05).select("value", "expert").rows()
+    assert set(best) >= {(f"t{topic}", 2 + topic) for topic in range(5)}
+    own = found.filter(pl.col("value") == "t0", pl.col("expert") == 2).row(0, named=True)
+    assert own["low"] > 0.05
+    assert own["n_units"] == 40
+
+
+def test_no_value_is_special_on_null_data(words) -> None:
+    rejected = 0
+    for seed in range(12):
+        tokens, routing, _ = words(n_groups=16, n_tokens=20, seed=seed)
+        odd = tokens.with_columns(parity=pl.when(pl.col("pos") % 2 == 0).then(pl.lit("even")).otherwise(pl.lit("odd")))
+        found = specialisation(odd, routing, "parity", 16, n_resamples=300)
+        rejected += bool((found["p_adjusted"] <= 0.05).any())
+    assert rejected <= 2
+
+
+def test_vocabulary_is_load_corrected(words) -> None:
+    tokens, routing, _ = words(n_groups=40)
+    by_word = tokens.select("doc_id", "pos", layer=pl.lit(0), expert_ids=pl.concat_list(pl.col("token_id") % 16))
+    real = vocabulary_specialisation(tokens, by_word, 16).row(0, named=True)
+    plain = vocabulary_specialisation(tokens, routing, 16).row(0, named=True)
+    assert real["specialisation"] == real["excess"] == 1
+    assert abs(plain["excess"]) < 0.08
+    assert (real["role"], real["n_docs"]) == ("input", 80)
+    skewed = routing.with_columns(
+        expert_ids=pl.Series([[0, 1] if x > 0.01 else [1, 0] for x in np.random.default_rng(0).random(len(routing))])
+    )
+    imbalanced = vocabulary_specialisation(tokens, skewed, 16).row(0, named=True)
+    assert imbalanced["specialisation"] > 0.98  # as naive upcycling publishes it
+    assert abs(imbalanced["excess"]) < 0.3
+    assert imbalanced["null"] == pytest.approx(imbalanced["specialisation"], abs=0.005)
+
+
+def test_the_next_word_is_of_the_same_document() -> None:
+    tokens = pl.DataFrame(
+        {"doc_id": ["a", "a", "b", "b"], "pos": [0, 1, 0, 1], "token_id": [1, 2, 1, 2], "segment": "user"}
+    )
+    routing = tokens.select("doc_id", "pos", layer=pl.lit(0), expert_ids=pl.Series([[0], [1], [0], [1]]))
+    found = vocabulary_specialisation(tokens, routing, 2, role="next", min_count=1).row(0, named=True)
+    assert found["n_tokens"] == 2
+    with pytest.raises(ValueError, match="expected one of input, next"):
+        vocabulary_specialisation(tokens, routing, 2, role="previous")
+
+
+def test_top_tokens_name_the_planted_word(words) -> None:
+    tokens, routing, _ = words(word=6.0)
+    tokens = tokens.with_columns(token=pl.format("w{}", "token_id"))
+    best = top_tokens(tokens, routing, 16, n=3).filter(pl.col("expert") == 1)
+    first = best.row(0, named=True)
+    assert first["token"] == "w3"
+    assert first["rate"] > 0.9
+    assert first["log2_lift"] > 1
+    assert len(best) <= 3

@@ -1,0 +1,249 @@
+"""The causal audit: which of the experts that a statistic flagged matter when they are removed or forced?
+
+Routing statistics say where tokens go. An expert that Japanese uses twice as often may still do nothing that its
+neighbours would not do; arXiv 2606.10703 found no observational score that predicts causal effect. So every flagged
+expert is compared with random controls of its own layer that take as many token-slots as it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from workbench.axes import LANGUAGES
+from workbench.errors import ConfigError
+from workbench.experiments.knockout import Edit, Outcome, routing_of, run_edits
+from workbench.models import Llama
+from workbench.stats.resampling import bootstrap_mean
+
+Place = tuple[int, int]  # (layer, expert)
+LOAD_TOLERANCE = 0.1
+MIN_CONTROLS = 20
+
+
+@dataclass(frozen=True)
+class AuditPlan:
+    """kinds: of edits, see `knockout.Edit`. n_controls: random draws per expert and kind; the empirical p cannot be
+    smaller than 1 / (n_controls + 1). seed: of the draws and of the bootstrap."""
+
+    kinds: tuple[str, ...] = ("drop", "reroute", "force")
+    n_controls: int = MIN_CONTROLS
+    n_resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_controls < MIN_CONTROLS:
+            raise ConfigError(
+                f"n_controls: expected at least {MIN_CONTROLS}, got {self.n_controls}. Fewer give no p below 0.05."
+            )
+
+
+def audit_experts(
+    model: Llama,
+    tokens: pl.DataFrame,
+    flagged: Sequence[Place],
+    plan: AuditPlan | None = None,
+    exclude: Collection[Place] = (),
+    batch_size: int = 16,
+    progress: bool = False,
+) -> pl.DataFrame:
+    """Remove and force each flagged (layer, expert): one row per expert and kind, as `AUDIT_SCHEMA` lists.
+
+    tokens: the documents, axes.TOKEN_COLUMNS. Controls are random experts of the same layer, neither flagged nor in
+    `exclude` (super experts belong there), taken at as many token-slots as the flagged one has, within 10%. kl and
+    d_nll_* are means over prompt groups, nats per content token, with 95% bootstrap intervals over groups.
+    selectivity = (d_nll_ja - d_nll_en) / (|d_nll_ja| + |d_nll_en|), from -1 (English alone) to 1 (Japanese alone), with
+    an interval from the same draws of groups for both languages. p_kl, p_selective: share of controls with at least
+    as large a KL, or as large a difference between the languages; the flagged expert counts as one of them.
+    Raises ConfigError for layers or experts that do not exist.
+    """
+    plan = plan or AuditPlan()
+    chosen = routing_of(model, tokens, batch_size)  # [token layer expert]
+    rng = np.random.default_rng(plan.seed)
+    banned = {*flagged, *exclude}
+    edits, removed = [], []
+    for kind in plan.kinds:
+        for layer, expert in flagged:
+            edits.append(Edit(kind, layer, (expert,)))
+            removed.append(int(chosen[:, layer, expert].sum()))
+            for _ in range(plan.n_controls):
+                control, n_slots = draw_control(kind, layer, expert, chosen[:, layer], banned, rng)
+                edits.append(control)
+                removed.append(n_slots)
+    outcome = run_edits(model, tokens, edits, batch_size, progress)
+    return _summarise(outcome, edits, removed, len(tokens), plan)
+
+
+def removal_effects(
+    model: Llama, tokens: pl.DataFrame, places: Sequence[Place], kind: str = "reroute", batch_size: int = 16,
+    n_resamples: int = 2000, seed: int = 0, progress: bool = False,
+) -> pl.DataFrame:  # fmt: skip
+    """What an edit of each (layer, expert) does, without controls: the columns of the audit up to `selectivity_high`.
+
+    A description for maps and cards; only `audit_experts` says whether an effect is more than any expert's.
+    """
+    edits = [Edit(kind, layer, (expert,)) for layer, expert in places]
+    outcome = run_edits(model, tokens, edits, batch_size, progress)
+    groups = _by_group(outcome)
+    rows = [_effect_row(groups, place, edit, n_resamples, seed) for place, edit in enumerate(edits)]
+    return pl.DataFrame(rows, schema=EFFECT_SCHEMA)
+
+
+def pair_effects(
+    model: Llama, tokens: pl.DataFrame, layer: int, pairs: Sequence[tuple[int, int]], kind: str = "reroute",
+    batch_size: int = 16, n_resamples: int = 2000, seed: int = 0,
+) -> pl.DataFrame:  # fmt: skip
+    """Remove pairs of one layer's experts together and apart: redundancy shows as more effect together.
+
+    Columns: layer, expert_a, expert_b, kl_a, kl_b, kl_both, excess = kl_both - kl_a - kl_b with its 95% bootstrap
+    interval over groups (excess_low, excess_high), nats per content token; largest excess first. A single removal of
+    an expert whose work another can do shows next to nothing (self-repair): excess finds it.
+    """
+    singles = sorted({expert for pair in pairs for expert in pair})
+    edits = [Edit(kind, layer, (expert,)) for expert in singles] + [Edit(kind, layer, pair) for pair in pairs]
+    kl = _by_group(run_edits(model, tokens, edits, batch_size)).kl  # [edit group]
+    rows = []
+    for place, (a, b) in enumerate(pairs):
+        alone = kl[singles.index(a)], kl[singles.index(b)]
+        both = kl[len(singles) + place]
+        excess = both - alone[0] - alone[1]
+        low, high = bootstrap_mean(excess, n_resamples, seed)
+        means = [float(np.mean(values)) for values in (*alone, both, excess)]
+        rows.append((layer, a, b, *means, float(low), float(high)))
+    names = ["layer", "expert_a", "expert_b", "kl_a", "kl_b", "kl_both", "excess", "excess_low", "excess_high"]
+    return pl.DataFrame(rows, schema=names, orient="row").sort("excess", descending=True)
+
+
+def draw_control(
+    kind: str, layer: int, expert: int, chosen: np.ndarray, banned: Collection[Place], rng: np.random.Generator
+) -> tuple[Edit, int]:
+    """A random control of a flagged expert and the number of token-slots it takes; chosen is bool [token expert].
+
+    Removal: a random expert of the layer that has as many slots as the flagged one; if it has more, only as many, at
+    random tokens. (Few layers hold twenty experts of one load.) Where none has as many, experts in random order until
+    they do together. Forcing acts on every token, so its control is one random expert whatever its load.
+    """
+    others = np.array([e for e in range(chosen.shape[1]) if e != expert and (layer, e) not in banned], dtype=np.int64)
+    if not len(others):
+        raise ConfigError(f"controls: expected unflagged experts in layer {layer}, got none. Flag fewer experts.")
+    order, loads, target = rng.permutation(others), chosen.sum(0), int(chosen[:, expert].sum())
+    if kind == "force":
+        return Edit(kind, layer, (int(order[0]),)), int(loads[order[0]])
+    slack = LOAD_TOLERANCE * target
+    alone = [other for other in order if loads[other] >= target - slack]
+    experts, at, taken = [], [], 0
+    for other in alone[:1] or order:
+        rows, missing = np.flatnonzero(chosen[:, other]), target - taken
+        if missing <= slack:
+            break
+        if len(rows) > missing + slack:
+            rows = rng.choice(rows, missing, replace=False)
+        experts.append(int(other))
+        at.append(rows)
+        taken += len(rows)
+    return Edit(kind, layer, tuple(experts), tuple(at)), taken
+
+
+EFFECT_SCHEMA = {
+    "layer": pl.Int64, "expert": pl.Int64, "kind": pl.String, "kl": pl.Float64, "kl_low": pl.Float64,
+    "kl_high": pl.Float64, "d_nll_ja": pl.Float64, "d_nll_ja_low": pl.Float64, "d_nll_ja_high": pl.Float64,
+    "d_nll_en": pl.Float64, "d_nll_en_low": pl.Float64, "d_nll_en_high": pl.Float64, "selectivity": pl.Float64,
+    "selectivity_low": pl.Float64, "selectivity_high": pl.Float64,
+}  # fmt: skip
+AUDIT_SCHEMA = EFFECT_SCHEMA | {
+    "load": pl.Float64, "control_load": pl.Float64, "control_kl": pl.Float64, "control_kl_max": pl.Float64,
+    "p_kl": pl.Float64, "p_selective": pl.Float64, "n_controls": pl.Int64, "n_groups": pl.Int64, "n_docs": pl.Int64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Effects with the prompt group as the unit: kl [edit group]; d_nll by language [edit group], NaN where absent."""
+
+    kl: np.ndarray
+    d_nll: dict[str, np.ndarray]
+
+
+def _by_group(outcome: Outcome) -> _Groups:
+    names = outcome.docs["group_id"].unique(maintain_order=True).to_list()
+    groups, langs = outcome.docs["group_id"].to_list(), outcome.docs["lang"].to_list()
+
+    def mean(values: np.ndarray, lang: str | None) -> np.ndarray:
+        parts = [
+            [place for place in range(len(groups)) if groups[place] == name and lang in (None, langs[place])]
+            for name in names
+        ]
+        empty = np.full(len(values), np.nan)
+        return np.stack([values[:, part].mean(1) if part else empty for part in parts], axis=1)
+
+    return _Groups(mean(outcome.kl, None), {lang: mean(outcome.d_nll, lang) for lang in LANGUAGES})
+
+
+def _effect_row(groups: _Groups, place: int, edit: Edit, n_resamples: int, seed: int) -> dict[str, object]:
+    row: dict[str, object] = {"layer": edit.layer, "expert": edit.experts[0], "kind": edit.kind}
+    row |= _interval("kl", groups.kl[place], n_resamples, seed)
+    by_lang = {lang: groups.d_nll[lang][place] for lang in LANGUAGES}
+    for lang, values in by_lang.items():
+        row |= _interval(f"d_nll_{lang}", values, n_resamples, seed)
+    return row | _selectivity(by_lang["ja"], by_lang["en"], n_resamples, seed)
+
+
+def _interval(name: str, values: np.ndarray, n_resamples: int, seed: int) -> dict[str, float]:
+    values = values[np.isfinite(values)]
+    low, high = bootstrap_mean(values, n_resamples, seed) if len(values) else (np.nan, np.nan)
+    mean = float(values.mean()) if len(values) else np.nan
+    return {name: mean, f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _selectivity(ja: np.ndarray, en: np.ndarray, n_resamples: int, seed: int) -> dict[str, float]:
+    """The index over groups that are in both languages; the same draw of groups serves both."""
+    paired = np.isfinite(ja) & np.isfinite(en)
+    ja, en, n = ja[paired], en[paired], int(paired.sum())
+    if n < 2:
+        return dict.fromkeys(("selectivity", "selectivity_low", "selectivity_high"), np.nan)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
+    low, high = np.quantile(_index(weights @ ja, weights @ en), (0.025, 0.975))
+    return {"selectivity": float(_index(ja.mean(), en.mean())), "selectivity_low": low, "selectivity_high": high}
+
+
+def _index(ja: np.ndarray, en: np.ndarray) -> np.ndarray:
+    size = np.abs(ja) + np.abs(en)
+    return np.divide(ja - en, size, out=np.zeros_like(np.asarray(size, dtype=float)), where=size > 0)
+
+
+def _summarise(
+    outcome: Outcome, edits: Sequence[Edit], removed: Sequence[int], n_tokens: int, plan: AuditPlan
+) -> pl.DataFrame:
+    groups = _by_group(outcome)
+    kl = groups.kl.mean(1)  # [edit]
+    contrast = np.abs(_finite_mean(groups.d_nll["ja"]) - _finite_mean(groups.d_nll["en"]))
+    rows = []
+    for first in range(0, len(edits), plan.n_controls + 1):
+        controls = slice(first + 1, first + 1 + plan.n_controls)
+        row = _effect_row(groups, first, edits[first], plan.n_resamples, plan.seed)
+        row |= {
+            "load": removed[first] / n_tokens,
+            "control_load": float(np.mean(removed[controls])) / n_tokens,
+            "control_kl": float(kl[controls].mean()),
+            "control_kl_max": float(kl[controls].max()),
+            "p_kl": _empirical_p(kl[first], kl[controls]),
+            "p_selective": _empirical_p(contrast[first], contrast[controls]),
+            "n_controls": plan.n_controls,
+            "n_groups": groups.kl.shape[1],
+            "n_docs": len(outcome.docs),
+        }
+        rows.append(row)
+    return pl.DataFrame(rows, schema=AUDIT_SCHEMA)
+
+
+def _finite_mean(values: np.ndarray) -> np.ndarray:  # [edit group] -> [edit], over the groups that have the language
+    present = np.isfinite(values).all(0)
+    return values[:, present].mean(1) if present.any() else np.full(len(values), np.nan)
+
+
+def _empirical_p(own: float, controls: np.ndarray) -> float:
+    """(1 + controls at least as large) / (1 + controls); NaN when there is no value, as in one language only."""
+    return float("nan") if np.isnan(own) else (1 + int((controls >= own).sum())) / (1 + len(controls))

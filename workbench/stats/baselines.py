@@ -1,0 +1,209 @@
+"""What simpler accounts already explain: standing committees, anchor tokens, and the geometry of the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from scipy.stats import rankdata
+
+from workbench.errors import FrameError
+from workbench.stats.index import Frame, Ints, codes, locate
+from workbench.stats.load import frequency_cube, slot_counts
+from workbench.stats.resampling import Floats, block_jackknife
+
+
+def committee(
+    cells: pl.DataFrame, axis: str, n_experts: int, k: int, value: str = "prob", least: float = 0.8
+) -> pl.DataFrame:
+    """Experts that every condition relies on: one row per layer and expert.
+
+    cells: `logits.logit_cells` by [unit, axis] (value "prob": mean router probability, the ECI of arXiv 2601.03425,
+    here over content tokens and not at the last template token, which is the same in every domain). Columns layer,
+    expert, eci (mean over conditions), mean_rank, rank_variance, in_top (share of conditions in which it is among the k
+    first), candidate (in_top >= least), committee (on the Pareto front of mean rank and rank variance among
+    candidates), size, coverage (share of all probability that the committee holds), density_ratio ((coverage / size) /
+    ((1 - coverage) / (E - size)); 1 is the null of an even router), n_conditions. Conditions weigh equally, units
+    within them too.
+    """
+    by = cells.group_by(axis, "layer", "expert").agg(pl.col(value).mean())
+    conditions, layers = by[axis].unique().sort().to_list(), by["layer"].unique().sort().to_list()
+    table = np.zeros((len(conditions), len(layers), n_experts))
+    table[codes(by[axis]), np.searchsorted(layers, by["layer"].to_numpy()), by["expert"].to_numpy()] = by[
+        value
+    ].to_numpy()
+    table /= np.maximum(table.sum(-1, keepdims=True), 1e-300)
+    rank = rankdata(-table, axis=-1)
+    capped = np.where(rank <= k, rank, k + 1)  # [condition layer expert]
+    in_top, mean, variance = (rank <= k).mean(0), capped.mean(0), capped.var(0)
+    eci = table.mean(0)
+    front = np.stack([_pareto(mean[at], variance[at], in_top[at] >= least) for at in range(len(layers))])
+    size, coverage = front.sum(1), (eci * front).sum(1)
+    inside, outside = coverage / np.maximum(size, 1), (1 - coverage) / np.maximum(n_experts - size, 1)
+    ratio = np.where((size > 0) & (outside > 0), inside / np.maximum(outside, 1e-300), np.nan)
+    wide = {"eci": eci, "mean_rank": mean, "rank_variance": variance, "in_top": in_top, "candidate": in_top >= least,
+            "committee": front}  # fmt: skip
+    per_layer = {"size": size, "coverage": coverage, "density_ratio": ratio}
+    return pl.DataFrame(
+        {
+            "layer": np.repeat(np.array(layers, dtype=np.int64), n_experts),
+            "expert": np.tile(np.arange(n_experts), len(layers)),
+            **{name: values.ravel() for name, values in wide.items()},
+            **{name: np.repeat(values, n_experts) for name, values in per_layer.items()},
+        }
+    ).with_columns(n_conditions=pl.lit(len(conditions)))
+
+
+def _pareto(mean: Floats, variance: Floats, candidate: np.ndarray) -> np.ndarray:
+    """Candidates that no other candidate equals or beats in both and beats in one."""
+    no_worse = (mean[:, None] <= mean) & (variance[:, None] <= variance)
+    better = (mean[:, None] < mean) | (variance[:, None] < variance)
+    return candidate & ~(no_worse & better & candidate[:, None]).any(0)
+
+
+def anchor_pmi(
+    tokens: Frame, routing: Frame, anchors: pl.DataFrame, n_experts: int, segments: Sequence[str] | None = None,
+    unit: str = "group_id",
+) -> pl.DataFrame:  # fmt: skip
+    """Normalised pointwise mutual information of an expert and a kind of anchor token (RICE, arXiv 2505.14681).
+
+    anchors: doc_id, pos, event (`events.thought_switches`, `events.channel_changes` ...). For each event, layer and
+    expert nPMI = [log2(n_at / M) + log2(T / K)] / log2(T / n_at) with n_at = anchors that chose the expert, M =
+    anchors, K = all tokens that chose it, T = all tokens; 1: chosen at anchors only and always, 0 (the null): like
+    anywhere, null where n_at = 0. Columns event, layer, expert, npmi, low, high (delete-a-group jackknife over units),
+    rate (n_at / M), base_rate (K / T), n_anchors, n_tokens, n_units, n_tests. With anchors of one word this measures
+    the word: compare it with the same word elsewhere before calling it reasoning. segments: which tokens count; None
+    for all.
+    """
+    frame = tokens.lazy().collect()
+    kept = frame if segments is None else frame.filter(pl.col("segment").is_in(segments))
+    names = kept["segment"].unique().to_list()
+    place = locate(kept.select("doc_id", "pos"), anchors.select("doc_id", "pos"))
+    found = anchors.filter(pl.Series(place >= 0))
+    label = np.full(len(kept), "", dtype=object)
+    label[place[place >= 0]] = found["event"].to_list()
+    marked = kept.with_columns(event=pl.Series(label.tolist()))
+    counts = slot_counts(marked, routing, [unit, "event"], names)
+    units, events = codes(counts[unit]), counts["event"].unique().sort().to_list()
+    layers = counts["layer"].unique().sort().to_list()
+    slots = np.zeros((int(units.max(initial=-1)) + 1, len(events), len(layers), n_experts))
+    depth, expert = np.searchsorted(layers, counts["layer"].to_numpy()), counts["expert"].cast(pl.Int64).to_numpy()
+    slots[units, codes(counts["event"]), depth, expert] = counts["slots"].to_numpy()
+    sizes = np.zeros(slots.shape[:2])
+    sizes[units, codes(counts["event"])] = counts["n_tokens"].to_numpy()
+    at = [number for number, name in enumerate(events) if name]
+    estimate, low, high = block_jackknife(lambda kept_: _npmi(slots[kept_].sum(0), sizes[kept_].sum(0))[at], len(slots))
+    total, n = slots.sum(0), sizes.sum(0)
+    shape = estimate.shape
+    which, layer_at, expert_at = np.indices(shape).reshape(3, -1)
+    return pl.DataFrame(
+        {
+            "event": np.array(events, dtype=object)[at][which].tolist(),
+            "layer": np.array(layers, dtype=np.int64)[layer_at],
+            "expert": expert_at,
+            "npmi": estimate.ravel(),
+            "low": low.ravel(),
+            "high": high.ravel(),
+            "rate": (total[at] / n[at][:, None, None]).ravel(),
+            "base_rate": np.broadcast_to(total.sum(0) / n.sum(), shape).ravel(),
+            "n_anchors": n[at][which].astype(np.int64),
+        }
+    ).with_columns(
+        pl.col("npmi", "low", "high").fill_nan(None),
+        n_tokens=pl.lit(len(kept)), n_units=pl.lit(len(slots)), n_tests=pl.lit(estimate.size),
+    )  # fmt: skip
+
+
+def _npmi(slots: Floats, sizes: Floats) -> Floats:  # [event layer expert], [event] -> [event layer expert]
+    total, everywhere = sizes.sum(), slots.sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gain = np.log2(slots / sizes[:, None, None]) + np.log2(total / everywhere)
+        npmi = gain / np.log2(total / slots)
+    return np.where(slots > 0, npmi, np.nan)
+
+
+def geometry_baseline(
+    counts: pl.DataFrame, hidden: pl.DataFrame, labels: pl.DataFrame, axis: str, n_experts: int, n_shuffles: int = 999,
+    seed: int = 0,
+) -> pl.DataFrame:  # fmt: skip
+    """How much of the likeness of routes is likeness of hidden states (arXiv 2604.09780): one row per layer.
+
+    Router logits are linear in the hidden state, so documents that look alike are routed alike whatever experts are
+    for. counts: `load.slot_counts` by [doc_id]; hidden: doc_id, layer, mean_in (list; mean router input of the
+    document, from `capture.router_inputs`); labels: doc_id and `axis`. Over all pairs of documents routing similarity
+    (sum of sqrt(q q'), 1 for the same distribution) is regressed on the cosine of the centred hidden states and its
+    square. Columns layer, r2, gap (mean similarity of pairs of the same label less that of different ones),
+    gap_residual (the same of the residuals: what geometry leaves), p (labels shuffled between documents, one-sided, of
+    gap_residual), n_docs, n_pairs.
+    """
+    docs = labels.join(counts.select("doc_id").unique(), on="doc_id").unique("doc_id").sort("doc_id")
+    place = {name: number for number, name in enumerate(docs["doc_id"])}
+    label = codes(docs[axis])
+    upper = np.triu_indices(len(docs), 1)
+    rng = np.random.default_rng(seed)
+    shuffles = [label, *(rng.permutation(label) for _ in range(n_shuffles))]
+    rows = []
+    for layer in counts["layer"].unique().sort().to_list():
+        routes, states = _document_vectors(counts, hidden, layer, place, n_experts)
+        likeness = (np.sqrt(routes) @ np.sqrt(routes).T)[upper]
+        cosine = _centred_cosine(states)[upper]
+        design = np.stack([np.ones_like(cosine), cosine, cosine**2], axis=1)
+        residual = likeness - design @ np.linalg.lstsq(design, likeness, rcond=None)[0]
+        r2 = 1 - residual.var() / max(likeness.var(), 1e-300)
+        gaps = [_gap(residual, shuffled, upper) for shuffled in shuffles]
+        p = sum(gap >= gaps[0] - 1e-15 for gap in gaps) / len(gaps)
+        rows.append((layer, r2, _gap(likeness, label, upper), gaps[0], p, len(docs), len(cosine)))
+    names = ["layer", "r2", "gap", "gap_residual", "p", "n_docs", "n_pairs"]
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def _document_vectors(
+    counts: pl.DataFrame, hidden: pl.DataFrame, layer: int, place: dict[str, int], n_experts: int
+) -> tuple[Floats, Floats]:
+    """Expert use q [doc expert] and mean router input [doc d_model] of one layer."""
+    part = counts.filter(pl.col("layer") == layer)
+    routes = np.zeros((len(place), n_experts))
+    routes[[place[name] for name in part["doc_id"]], part["expert"].to_numpy()] = part["slots"].to_numpy()
+    states = {
+        name: vector for name, vector in hidden.filter(pl.col("layer") == layer).select("doc_id", "mean_in").rows()
+    }
+    missing = [name for name in place if name not in states]
+    if missing:
+        raise FrameError(
+            f"hidden: expected every document in layer {layer}, got none for {missing[0]}. Capture it too."
+        )
+    return routes / routes.sum(1, keepdims=True), np.array([states[name] for name in place], dtype=np.float64)
+
+
+def _centred_cosine(states: Floats) -> Floats:
+    centred = states - states.mean(0)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-300)
+    return unit @ unit.T
+
+
+def _gap(values: Floats, label: Ints, upper: tuple[np.ndarray, ...]) -> float:
+    same = label[upper[0]] == label[upper[1]]
+    return float(values[same].mean() - values[~same].mean()) if same.any() and not same.all() else np.nan
+
+
+def translation_retrieval(counts: pl.DataFrame, axis: str, values: Sequence[str], n_experts: int) -> pl.DataFrame:
+    """Is a document's translation the one routed most alike? One row per layer.
+
+    counts: `load.slot_counts` by [group_id, axis]. Hellinger similarity of expert use; columns layer, hits (share of
+    groups whose two versions find each other first, mean of both directions), low, high (95%, Wilson, groups as
+    trials), chance (1 / n_groups), n_groups. One number for how far routes follow content across languages.
+    """
+    groups, layers, cube = frequency_cube(counts, axis, values, n_experts)
+    n = len(groups)
+    root = np.sqrt(cube / np.maximum(cube.sum(-1, keepdims=True), 1e-300))  # [value group layer expert]
+    likeness = np.einsum("gle,hle->lgh", *root)
+    found = [(likeness.argmax(axis) == np.arange(n)).mean(-1) if n else np.full(len(layers), np.nan) for axis in (1, 2)]
+    hits = np.mean(found, axis=0)
+    z2 = 1.959964**2
+    center, half = (
+        (hits + z2 / (2 * n)) / (1 + z2 / n),
+        np.sqrt(z2 * (hits * (1 - hits) / n + z2 / (4 * n**2))) / (1 + z2 / n),
+    )
+    columns = {"layer": layers, "hits": hits, "low": center - half, "high": center + half}
+    return pl.DataFrame(columns).with_columns(chance=pl.lit(1 / n), n_groups=pl.lit(n))

@@ -1,0 +1,240 @@
+"""How routing moves along a text and through the layers: persistence, local consistency, turnover, velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from workbench.stats.index import Frame, Ints, codes, membership, token_array
+from workbench.stats.load import CONTENT_SEGMENTS
+from workbench.stats.resampling import Floats, block_jackknife, t_interval
+
+
+def shared_experts(first: np.ndarray, second: np.ndarray) -> Ints:  # [... k] twice -> [...]
+    """How many experts two choices have in common."""
+    return (first[..., :, None] == second[..., None, :]).any(-1).sum(-1)
+
+
+def persistence(
+    tokens: Frame,
+    routing: Frame,
+    n_experts: int,
+    segments: Sequence[str] = CONTENT_SEGMENTS,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Does the next token go to the same experts? One row per layer.
+
+    Columns layer, overlap (mean share of the k experts that neighbouring tokens of a document have in common), low,
+    high (95%, t over groups), first (share whose first expert is the same, arXiv 2401.04088 table 5), load_null
+    (sum of f^2 / k: independent draws from the layer's load), word_overlap and word_null, n_pairs, n_word_pairs,
+    n_groups.
+
+    word_null answers whether the words alone explain it: over pairs of neighbouring tokens whose two token ids also
+    follow each other in another document, it compares the first token's experts with those of the second token there;
+    word_overlap is the plain overlap of the same pairs. Overlap above word_null is context that persists.
+    """
+    kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
+    layers, ids = token_array(kept, routing)
+    left = _neighbours(kept)
+    here, after = ids[left], ids[left + 1]  # [pair layer k]
+    k = ids.shape[2]
+    overlap = shared_experts(here, after) / k  # [pair layer]
+    group = codes(kept["group_id"])[left]
+    per_group = _group_means(overlap, group)
+    low, high = t_interval(per_group)
+    matched, partner = _same_words_elsewhere(kept, left, np.random.default_rng(seed))
+    swapped = shared_experts(ids[left[matched]], ids[partner + 1]) / k
+    frequency = np.stack([membership(ids[:, place], n_experts).mean(0) for place in range(len(layers))])
+    n = len(layers)
+    return pl.DataFrame(
+        {
+            "layer": layers,
+            "overlap": per_group.mean(0),
+            "low": low,
+            "high": high,
+            "first": (here[..., 0] == after[..., 0]).mean(0),
+            "load_null": (frequency**2).sum(1) / k,
+            "word_overlap": overlap[matched].mean(0) if len(matched) else np.full(n, np.nan),
+            "word_null": swapped.mean(0) if len(matched) else np.full(n, np.nan),
+            "n_pairs": np.full(n, len(left)),
+            "n_word_pairs": np.full(n, len(matched)),
+            "n_groups": np.full(n, len(per_group)),
+        }
+    )
+
+
+def _neighbours(kept: pl.DataFrame) -> Ints:
+    """Rows whose next row is the next position of the same document."""
+    doc, pos = codes(kept["doc_id"]), kept["pos"].to_numpy()
+    return np.flatnonzero((doc[:-1] == doc[1:]) & (pos[:-1] + 1 == pos[1:]))
+
+
+def _group_means(values: Floats, group: Ints) -> Floats:  # [pair layer] -> [group layer]
+    present, row = np.unique(group, return_inverse=True)
+    sums = np.zeros((len(present), values.shape[1]))
+    np.add.at(sums, row, values)
+    return sums / np.bincount(row)[:, None]
+
+
+def _same_words_elsewhere(kept: pl.DataFrame, left: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """For pairs whose two words occur in this order in another document: (places in `left`, row of the other first)."""
+    if "token_id" not in kept.columns or not len(left):
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    word, doc = codes(kept["token_id"]), codes(kept["doc_id"])
+    bigram = word[left] * (word.max() + 1) + word[left + 1]
+    order = np.lexsort((rng.random(len(left)), bigram))
+    # after shuffling, the next pair of the same two words is a random one; it counts if its document is another
+    same = (bigram[order[:-1]] == bigram[order[1:]]) & (doc[left[order[:-1]]] != doc[left[order[1:]]])
+    return order[:-1][same], left[order[1:][same]]
+
+
+def local_consistency(
+    tokens: Frame,
+    routing: Frame,
+    n_experts: int,
+    lengths: Sequence[int] = (4, 16, 64, 256),
+    segments: Sequence[str] = CONTENT_SEGMENTS,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Segment routing best performance (arXiv 2505.16056): how well a fixed set of experts serves m tokens in a row.
+
+    Documents are cut into segments of m tokens (what is left over is dropped); c is how many tokens of a segment chose
+    an expert. An expert is loaded for a segment if c >= tau; F1(tau) = 2 sum c[c >= tau] / (m #[c >= tau] + sum c), SRP
+    = max over tau, one tau per layer. Columns layer, m, srp, low, high, null, tau, n_segments, n_groups. Interval:
+    basic bootstrap over groups; null: the same with the tokens of all documents shuffled, which keeps the load alone.
+    """
+    kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
+    layers, ids = token_array(kept, routing)
+    doc, group = codes(kept["doc_id"]), codes(kept["group_id"])
+    rng = np.random.default_rng(seed)
+    rows = []
+    for m in lengths:
+        blocks = _blocks(doc, m)  # [segment m]
+        if not len(blocks):
+            continue
+        segment_group = np.unique(group[blocks[:, 0]], return_inverse=True)[1]
+        shuffled = rng.permutation(blocks.ravel()).reshape(blocks.shape)
+        for place, layer in enumerate(layers):
+            sums = _threshold_sums(ids[:, place], blocks, n_experts, segment_group)  # [group 2 tau]
+            srp, tau = _srp(sums.sum(0), m, blocks.size * ids.shape[2])
+            null, _ = _srp(
+                _threshold_sums(ids[:, place], shuffled, n_experts, 0 * segment_group)[0], m, blocks.size * ids.shape[2]
+            )
+            low, high = _basic_bootstrap(sums, m, np.bincount(segment_group) * m * ids.shape[2], srp, n_resamples, rng)
+            rows.append((layer, m, srp, low, high, null, tau, len(blocks), len(sums)))
+    names = ["layer", "m", "srp", "low", "high", "null", "tau", "n_segments", "n_groups"]
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def _blocks(doc: Ints, m: int) -> Ints:
+    """Rows of the segments of m tokens of every document: [segment m]."""
+    start = np.flatnonzero(np.diff(doc, prepend=-1))
+    size = np.diff(np.append(start, len(doc)))
+    firsts = [first + np.arange(0, n - m + 1, m) for first, n in zip(start, size, strict=True) if n >= m]
+    return np.concatenate(firsts)[:, None] + np.arange(m) if firsts else np.zeros((0, m), dtype=np.int64)
+
+
+def _threshold_sums(ids: np.ndarray, blocks: Ints, n_experts: int, group: Ints) -> Floats:
+    """Per group and threshold tau = 1 .. m: the sum of c over c >= tau, and how many c reach tau: [group 2 m]."""
+    n, m = blocks.shape
+    keys = np.arange(n)[:, None] * n_experts + ids[blocks].reshape(n, -1)
+    count = np.bincount(keys.ravel(), minlength=n * n_experts).reshape(n, n_experts)
+    n_groups = int(group.max()) + 1
+    histogram = np.bincount(
+        (np.repeat(group, n_experts) * (m + 1) + count.ravel()), minlength=n_groups * (m + 1)
+    ).reshape(n_groups, m + 1)  # how often each c occurs
+    weighted = histogram * np.arange(m + 1)
+    reach = [np.cumsum(part[:, ::-1], axis=1)[:, ::-1][:, 1:] for part in (weighted, histogram)]
+    return np.stack(reach, axis=1).astype(np.float64)
+
+
+def _srp(sums: Floats, m: int, n_slots: float) -> tuple[float, int]:
+    f1 = 2 * sums[0] / (m * sums[1] + n_slots)
+    return float(f1.max()), int(f1.argmax()) + 1
+
+
+def _basic_bootstrap(
+    sums: Floats, m: int, slots: Floats, srp: float, n_resamples: int, rng: np.random.Generator
+) -> tuple[float, float]:
+    n = len(sums)
+    if n < 2:
+        return np.nan, np.nan
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples).astype(np.float64)
+    drawn = np.tensordot(weights, sums, axes=1)  # [resample 2 tau]
+    f1 = (2 * drawn[:, 0] / (m * drawn[:, 1] + (weights @ slots)[:, None])).max(1)
+    low, high = np.quantile(f1, (0.025, 0.975))
+    return float(2 * srp - high), float(2 * srp - low)
+
+
+def layer_consistency(
+    tokens: Frame,
+    routing: Frame,
+    n_pairs: int = 20_000,
+    segments: Sequence[str] = CONTENT_SEGMENTS,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Do two tokens that share experts in one layer share them in another? One row per pair of layers.
+
+    Expert numbers mean nothing across layers, so the similarity of tokens is compared instead: over random pairs of
+    tokens of different groups, the correlation of the number of shared experts in layer and other (representational
+    similarity analysis, Kriegeskorte et al. 2008). Columns layer, other, correlation, low, high (delete-a-group
+    jackknife over the groups of the first token), n_pairs, n_groups. Null: 0, the layers sort tokens independently.
+    """
+    kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
+    layers, ids = token_array(kept, routing)
+    group = codes(kept["group_id"])
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, max(len(kept), 1), (2, n_pairs))
+    a, b = a[group[a] != group[b]], b[group[a] != group[b]]
+    shared = shared_experts(ids[a], ids[b]).astype(np.float64)  # [pair layer]
+    present, owner = np.unique(group[a], return_inverse=True)
+    upper = np.triu_indices(len(layers), 1)
+    estimate, low, high = block_jackknife(lambda kept_: _correlation(shared[kept_[owner]])[upper], len(present))
+    return pl.DataFrame(
+        {
+            "layer": np.array(layers)[upper[0]],
+            "other": np.array(layers)[upper[1]],
+            "correlation": estimate,
+            "low": low,
+            "high": high,
+            "n_pairs": np.full(len(estimate), len(a)),
+            "n_groups": np.full(len(estimate), len(present)),
+        }
+    )
+
+
+def _correlation(values: Floats) -> Floats:  # [pair layer] -> [layer layer]
+    centred = values - values.mean(0)
+    scale = np.sqrt((centred**2).sum(0))
+    return centred.T @ centred / np.maximum(np.outer(scale, scale), 1e-12)
+
+
+def token_motion(tokens: Frame, routing: Frame, n_experts: int, window: int = 16) -> pl.DataFrame:
+    """How fast routing moves at every token: columns doc_id, pos, layer, turnover, velocity.
+
+    turnover = 1 - |T_t & T_t+1| / k between this token and the next. velocity = total variation between the expert use
+    of the `window` tokens before this one and of the `window` tokens from it on, in [0, 1], of which sampling alone
+    makes a good part: compare places, not sizes. Both null where the document has no such tokens. All segments count.
+    """
+    kept = tokens.lazy().sort("doc_id", "pos").collect()
+    layers, ids = token_array(kept, routing)
+    n, n_layers, k = ids.shape
+    turnover, velocity = np.full((n, n_layers), np.nan), np.full((n, n_layers), np.nan)
+    left = _neighbours(kept)
+    turnover[left] = 1 - shared_experts(ids[left], ids[left + 1]) / k
+    doc = codes(kept["doc_id"])
+    inside = np.arange(window, n - window + 1)
+    inside = inside[doc[inside - window] == doc[np.minimum(inside + window - 1, n - 1)]]
+    for place in range(n_layers):
+        total = np.cumsum(np.pad(membership(ids[:, place], n_experts).astype(np.int32), ((1, 0), (0, 0))), axis=0)
+        before, after = total[inside] - total[inside - window], total[inside + window] - total[inside]
+        velocity[inside, place] = np.abs(after - before).sum(1) / (2 * window * k)
+    rows = kept.select("doc_id", "pos")[np.repeat(np.arange(n), n_layers)]
+    numbers = {"layer": np.tile(np.array(layers, dtype=np.int64), n), "turnover": turnover.ravel()}
+    frame = rows.with_columns(**{name: pl.Series(values) for name, values in numbers.items()})
+    return frame.with_columns(velocity=pl.Series(velocity.ravel())).with_columns(
+        pl.col("turnover", "velocity").fill_nan(None)
+    )

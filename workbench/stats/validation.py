@@ -1,0 +1,153 @@
+"""Does a finding hold on other groups? Discovery and validation, split-half reliability, stability of the selection.
+
+Choosing experts and testing them on the same documents makes any result look certain; groups are therefore split by a
+hash of their id before anything is looked at (`split` in the tokens frame).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from scipy.stats import rankdata
+
+from workbench.axes import SPLITS
+from workbench.stats.contrasts import flag_experts, paired_contrasts
+from workbench.stats.divergence import chance_overlap, random_halves
+from workbench.stats.load import frequency_cube
+from workbench.stats.resampling import Floats, sign_flip_max_t, t_interval
+
+
+def discover_and_validate(
+    counts: pl.DataFrame,
+    splits: pl.DataFrame,
+    axis: str,
+    values: Sequence[str],
+    n_experts: int,
+    risk_floor: float,
+    alpha: float = 0.05,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Flag experts on the discovery groups, then test only these on the validation groups.
+
+    counts: slots by [group_id, axis]; splits: columns group_id, split. One row per expert flagged on discovery (see
+    `flag_experts`): layer, expert, discovery_difference, risk_difference, low, high, t, p_adjusted (validation groups;
+    max-T over the flagged experts only), replicated, n_groups, n_tests. replicated: p_adjusted <= alpha and the same
+    sign. Null: as `paired_contrasts`, on groups that had no part in choosing.
+    """
+    labelled = counts.join(splits.select("group_id", "split").unique(), on="group_id")
+    discovery, validation = (labelled.filter(pl.col("split") == split).drop("split") for split in SPLITS)
+    found = paired_contrasts(discovery, axis, values, n_experts, n_resamples=n_resamples, seed=seed)
+    flagged = flag_experts(found, risk_floor, alpha=alpha).filter("flagged")
+    groups, layers, cube = frequency_cube(validation, axis, values, n_experts)
+    place = {layer: number for number, layer in enumerate(layers)}
+    chosen = [(place[layer], expert) for layer, expert in flagged.select("layer", "expert").rows() if layer in place]
+    at = tuple(np.array(chosen, dtype=np.int64).reshape(-1, 2).T)
+    differences = (cube[0] - cube[1])[:, *at]  # [group flagged]
+    low, high = t_interval(differences)
+    t, p_adjusted = sign_flip_max_t(differences, n_resamples, seed) if chosen else (np.zeros(0), np.zeros(0))
+    mean = differences.mean(0) if groups else np.full(len(chosen), np.nan)
+    kept = flagged.filter(pl.col("layer").is_in(layers)).select(
+        "layer", "expert", discovery_difference="risk_difference"
+    )
+    return kept.with_columns(
+        risk_difference=pl.Series(mean, dtype=pl.Float64),
+        low=pl.Series(low, dtype=pl.Float64),
+        high=pl.Series(high, dtype=pl.Float64),
+        t=pl.Series(t, dtype=pl.Float64),
+        p_adjusted=pl.Series(p_adjusted, dtype=pl.Float64),
+        replicated=pl.Series(
+            (p_adjusted <= alpha) & (np.sign(mean) == np.sign(kept["discovery_difference"].to_numpy()))
+        ),
+        n_groups=pl.lit(len(groups)),
+        n_tests=pl.lit(len(chosen)),
+    )
+
+
+def split_half_reliability(
+    counts: pl.DataFrame,
+    axis: str,
+    values: Sequence[str],
+    n_experts: int,
+    n_splits: int = 100,
+    top: int = 8,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """How alike two random halves of the groups rank the experts of a layer: one row per layer.
+
+    Columns layer, spearman (mean rank correlation of the risk differences over splits), spearman_low, spearman_high
+    (2.5% and 97.5% of the splits, which overlap, so no confidence interval), reliability (Spearman-Brown: of all
+    groups together), top_overlap (Jaccard of the `top` largest |RD|), chance (of that), n_groups. Null: 0, and chance.
+    """
+    groups, layers, cube = frequency_cube(counts, axis, values, n_experts)
+    differences = cube[0] - cube[1]  # [group layer expert]
+    halves = random_halves(len(groups), n_splits, seed) if len(groups) >= 4 else np.full((2, 1, len(groups)), np.nan)
+    first, second = (np.tensordot(half, differences, axes=1) for half in halves)  # [split layer expert]
+    rho = _spearman(first, second)
+    size = min(top, n_experts)
+    mean = rho.mean(0)
+    return pl.DataFrame(
+        {
+            "layer": layers,
+            "spearman": mean,
+            "spearman_low": np.quantile(rho, 0.025, axis=0),
+            "spearman_high": np.quantile(rho, 0.975, axis=0),
+            "reliability": 2 * mean / (1 + mean),
+            "top_overlap": _top_jaccard(np.abs(first), np.abs(second), size).mean(0),
+            "chance": np.full(len(layers), chance_overlap(size, n_experts)["jaccard"]),
+            "n_groups": np.full(len(layers), len(groups)),
+        }
+    )
+
+
+def selection_stability(
+    counts: pl.DataFrame,
+    axis: str,
+    values: Sequence[str],
+    n_experts: int,
+    risk_floor: float,
+    n_resamples: int = 100,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """In what share of half-sized subsamples of the groups each expert passes the floor: layer, expert, stability.
+
+    Stability selection (Meinshausen & Buhlmann 2010, doi 10.1111/j.1467-9868.2010.00740.x) with the rule |mean risk
+    difference| >= floor and the sign of all groups together. Keep experts of at least 0.8.
+    """
+    groups, layers, cube = frequency_cube(counts, axis, values, n_experts)
+    differences = cube[0] - cube[1]  # [group layer expert]
+    halves = random_halves(len(groups), n_resamples, seed)[0]
+    means = np.tensordot(halves, differences, axes=1) / np.maximum(halves.sum(1), 1)[:, None, None]
+    sign = np.sign(differences.mean(0)) if groups else np.zeros(cube.shape[2:])
+    passed = (means * sign >= risk_floor).mean(0)  # [layer expert]
+    return pl.DataFrame(
+        {
+            "layer": np.repeat(np.array(layers, dtype=np.int64), n_experts),
+            "expert": np.tile(np.arange(n_experts), len(layers)),
+            "stability": passed.ravel(),
+            "n_groups": np.full(passed.size, len(groups)),
+        }
+    )
+
+
+def equivalent_experts(contrasts: pl.DataFrame, margin: float) -> pl.DataFrame:
+    """The contrasts with column `shared`: the two conditions use the expert alike to within `margin`.
+
+    An absent difference is a claim too. Two one-sided tests (Schuirmann 1987, doi 10.1007/BF01068419) in their interval
+    form; the 95% interval within +-margin makes it conservative (level 0.025). Null: |RD| >= margin.
+    """
+    return contrasts.with_columns(shared=(pl.col("low") > -margin) & (pl.col("high") < margin))
+
+
+def _spearman(first: Floats, second: Floats) -> Floats:  # [... expert] twice -> [...]
+    a, b = (rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2 for x in (first, second))
+    scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    return np.divide((a * b).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def _top_jaccard(first: Floats, second: Floats, size: int) -> Floats:
+    tops = [np.argsort(-x, axis=-1, kind="stable")[..., :size] for x in (first, second)]
+    shared = (tops[0][..., :, None] == tops[1][..., None, :]).any(-1).sum(-1)
+    return shared / (2 * size - shared)

@@ -1,0 +1,157 @@
+"""The atlas: one card for each expert, from what was measured about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import polars as pl
+
+from workbench.io.runs import Run
+from workbench.plots.report import Card, Fact
+from workbench.plots.theme import NAMES
+from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
+from workbench.stats.specialisation import top_tokens
+
+MAX_CARDS = 512  # of a larger model only the flagged and the most used experts get one
+N_CONTEXTS = 3
+WIDTH = 6  # tokens shown on each side of an example
+
+
+def atlas_frames(run: Run, tokens: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """words (what each expert takes beyond its load), use (by segment), contexts (tokens in context)."""
+    by_segment = slot_counts(tokens, run.routing, ["segment"]).select(
+        "segment", "layer", "expert", f=pl.col("slots") / pl.col("n_tokens")
+    )
+    return {
+        "words": top_tokens(tokens, run.routing, run.n_experts, n=8),
+        "use": by_segment,
+        "contexts": contexts(run, tokens),
+    }
+
+
+def contexts(run: Run, tokens: pl.DataFrame) -> pl.DataFrame:
+    """For each expert the tokens that it weighed most, in context and from different documents.
+
+    Columns layer, expert, lang, before, token, after, weight. The N_CONTEXTS largest routing weights among the first
+    choices of content tokens, one per document.
+    """
+    kept = tokens.filter(pl.col("segment").is_in(CONTENT_SEGMENTS)).select("doc_id", "pos", "lang")
+    first = run.routing.select(
+        "doc_id",
+        "pos",
+        "layer",
+        expert=pl.col("expert_ids").list.first(),
+        weight=pl.col("routing_weights").list.first(),
+    ).collect()
+    best = (
+        first.join(kept, on=["doc_id", "pos"])
+        .sort("weight", "doc_id", "pos", descending=[True, False, False])
+        .unique(["layer", "expert", "doc_id"], keep="first", maintain_order=True)
+        .group_by("layer", "expert", maintain_order=True)
+        .head(N_CONTEXTS)
+    )
+    texts = {doc: part["token"].to_list() for (doc,), part in tokens.sort("doc_id", "pos").group_by("doc_id")}
+    rows = []
+    for row in best.sort("layer", "expert").iter_rows(named=True):
+        pieces, pos = texts[row["doc_id"]], row["pos"]
+        around = "".join(pieces[max(pos - WIDTH, 0) : pos]), pieces[pos], "".join(pieces[pos + 1 : pos + 1 + WIDTH])
+        rows.append((row["layer"], row["expert"], row["lang"], *around, row["weight"]))
+    names = ["layer", "expert", "lang", "before", "token", "after", "weight"]
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def atlas_cards(frames: Mapping[str, pl.DataFrame], n_experts: int) -> list[Card]:
+    """Cards in order of layer and expert; sentences are filled from frames, and what was not measured is left out."""
+    load = frames["load_by_language"].group_by("layer", "expert").agg(pl.col("slots").sum())
+    places = load.sort("layer", "expert")
+    if len(places) > MAX_CARDS:
+        flagged = _flagged(frames).select("layer", "expert", pl.lit(True).alias("first"))
+        ranked = places.join(flagged, on=["layer", "expert"], how="left").sort("first", "slots", descending=True)
+        places = ranked.head(MAX_CARDS).sort("layer", "expert")
+    index = {name: _by_place(frames[name]) for name in _USED if name in frames}
+    uniform = 1 / n_experts
+    return [
+        _card(layer, expert, slots, uniform, index) for layer, expert, slots in places.select(pl.nth(0, 1, 2)).rows()
+    ]
+
+
+_USED = ("load_by_language", "shared", "contrasts", "use", "words", "writes", "removal", "audit", "contexts", "peaks")
+Rows = Mapping[tuple[int, int], Sequence[dict]]
+
+
+def _by_place(frame: pl.DataFrame) -> Rows:
+    parts = frame.with_columns(pl.col("layer", "expert").cast(pl.Int64)).partition_by(
+        "layer", "expert", as_dict=True, maintain_order=True
+    )
+    return {(int(layer), int(expert)): part.to_dicts() for (layer, expert), part in parts.items()}
+
+
+def _flagged(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    frame = frames.get("shared", frames.get("contrasts"))
+    return (
+        frame.filter("flagged") if frame is not None else pl.DataFrame(schema={"layer": pl.Int64, "expert": pl.Int64})
+    )
+
+
+def _card(layer: int, expert: int, slots: int, uniform: float, index: Mapping[str, Rows]) -> Card:
+    def rows(name: str) -> Sequence[dict]:
+        return index.get(name, {}).get((layer, expert), [])
+
+    facts = [Fact("load", _load(rows("load_by_language"), uniform))]
+    facts += [Fact("prefers", text) for text in (_prefers(rows("shared") or rows("contrasts")),) if text]
+    if rows("use"):
+        used = sorted(rows("use"), key=lambda row: -row["f"])
+        facts.append(Fact("where", ", ".join(f"{row['segment']} {row['f']:.0%}" for row in used[:4]) + " of tokens"))
+    if rows("words"):
+        facts.append(Fact("takes", "  ".join(f"{row['token']!r}" for row in rows("words"))))
+    for row in rows("writes"):
+        if row["raises"]:
+            facts.append(Fact("raises", "  ".join(map(repr, row["raises"]))))
+            facts.append(Fact("lowers", "  ".join(map(repr, row["lowers"]))))
+    facts += [Fact("removed", _removed(row)) for row in rows("removal")]
+    facts += [Fact(f"audit, {row['kind']}", _audited(row)) for row in rows("audit")]
+    facts += [Fact("super expert", f"peak output {row['peak']:.0f}") for row in rows("peaks") if row["super"]]
+    shown = [(row["before"], row["token"], row["after"], row["lang"]) for row in rows("contexts")]
+    is_flagged = any(row.get("flagged") for row in rows("shared") or rows("contrasts"))
+    return Card(layer, expert, facts, shown, is_flagged)
+
+
+def _load(rows: Sequence[dict], uniform: float) -> str:
+    parts = [
+        f"{NAMES.get(row['lang'], row['lang'])} {row['load']:.1%} of slots ({row['load'] / uniform:.1f}x uniform)"
+        for row in rows
+    ]
+    return ", ".join(parts)
+
+
+def _prefers(rows: Sequence[dict]) -> str:
+    """How sure, in one sentence; a difference that is not flagged is called none."""
+    if not rows or rows[0]["risk_difference"] is None:
+        return ""
+    row = rows[0]
+    numbers = (
+        f"{row['risk_difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], adjusted p {row['p_adjusted']:.4f}"
+    )
+    if row.get("logit_d") is not None:
+        numbers += f", logit {row['logit_d']:+.2f} sd"
+    if not row["flagged"]:
+        return f"no language beyond the floors (JA - EN {numbers})"
+    return f"{NAMES['ja' if row['side'] > 0 else 'en']} (JA - EN {numbers})"
+
+
+def _removed(row: dict) -> str:
+    return (
+        f"KL {row['kl']:.4f} nats [{row['kl_low']:.4f}, {row['kl_high']:.4f}]; loss JA {row['d_nll_ja']:+.4f} "
+        f"[{row['d_nll_ja_low']:+.4f}, {row['d_nll_ja_high']:+.4f}], EN {row['d_nll_en']:+.4f} "
+        f"[{row['d_nll_en_low']:+.4f}, {row['d_nll_en_high']:+.4f}]"
+    )
+
+
+def _audited(row: dict) -> str:
+    verdict = "more than matched controls" if row["p_kl"] <= 0.05 else "no more than matched controls"
+    return (
+        f"{verdict}: KL {row['kl']:.4f} against {row['control_kl']:.4f} (p {row['p_kl']:.3f}, {row['n_controls']} "
+        "draws); "
+        f"selectivity {row['selectivity']:+.2f} [{row['selectivity_low']:+.2f}, {row['selectivity_high']:+.2f}] "
+        f"(p {row['p_selective']:.3f})"
+    )

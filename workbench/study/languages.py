@@ -1,0 +1,109 @@
+"""Japanese against English: the shared-token contrast first, all tokens second, floors from calibration."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from workbench.axes import LANGUAGES
+from workbench.errors import ConfigError
+from workbench.io.runs import Run
+from workbench.stats.calibration import effect_floors
+from workbench.stats.contrasts import flag_experts, paired_contrasts
+from workbench.stats.load import slot_counts
+from workbench.stats.logits import logit_cells
+from workbench.stats.matching import match_tokens, matching_summary
+
+
+def floors_of(run: Run) -> tuple[float, float] | None:
+    """The calibrated effect floors for this model's shape; None where nobody calibrated it."""
+    try:
+        return effect_floors(run.n_experts, run.manifest["model"]["k"])
+    except ConfigError:
+        return None
+
+
+def language_frames(run: Run, tokens: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """shared (shared tokens), contrasts (all tokens), both with `flagged` and `side`, and matching (what was kept)."""
+    matched = match_tokens(tokens, "lang", LANGUAGES)
+    frames = {"contrasts": contrast(run, tokens, "lang", LANGUAGES)}
+    if not matched.is_empty():
+        frames["shared"] = contrast(run, matched, "lang", LANGUAGES)
+        frames["matching"] = matching_summary(tokens, matched, "lang")
+        floors = floors_of(run)
+        if floors is not None:
+            frames["calibrated"] = pl.DataFrame({"risk_floor": [floors[0]], "logit_floor": [floors[1]]})
+    return frames
+
+
+def contrast(run: Run, tokens: pl.DataFrame, axis: str, values: tuple[str, str]) -> pl.DataFrame:
+    """A paired contrast of a run's tokens, with centred logits where the run has them, flagged by the floors.
+
+    Without calibrated floors nothing is flagged: significance alone is no claim (docs/calibration.md).
+    """
+    by = ["group_id", axis]
+    cells = logit_cells(run.router_logits(), tokens, by) if has_logits(run) else None
+    counts = slot_counts(tokens, run.routing, by)
+    found = paired_contrasts(counts, axis, values, run.n_experts, cells, seed=run.seed)
+    floors = floors_of(run)
+    if floors is None:
+        return found.with_columns(flagged=pl.lit(False), side=pl.lit(0, dtype=pl.Int64))
+    return flag_experts(found, floors[0], floors[1] if has_logits(run) else None)
+
+
+def has_logits(run: Run) -> bool:
+    return bool(run.manifest["settings"]["router_logits"])
+
+
+def flagged_places(run: Run, tokens: pl.DataFrame) -> list[tuple[int, int]]:
+    """(layer, expert) flagged on shared tokens, largest difference first."""
+    if not set(LANGUAGES) <= set(tokens["lang"]):
+        return []
+    frames = language_frames(run, tokens)
+    shown = frames.get("shared", frames["contrasts"]).filter("flagged")
+    return [(layer, expert) for layer, expert in shown.select("layer", "expert").rows()]
+
+
+def language_facts(run: Run, frames: dict[str, pl.DataFrame]) -> dict[str, str]:
+    """Sentences of the page about the shared words: facts.floors and facts.matching."""
+    floors, model = floors_of(run), run.manifest["model"]
+    if floors is None:
+        text = (
+            f"(none: no floors are calibrated for {model['n_experts']} experts with k={model['k']}, so nothing is "
+            "marked; workbench calibrate finds them)"
+        )
+    else:
+        logit = f" and {floors[1]:g} standard deviations of the router logit" if has_logits(run) else ""
+        shape = f"{model['n_experts']} experts, k={model['k']}"
+        text = f"of {floors[0]:g} in share{logit}, calibrated on planted models of {shape}"
+    if "matching" not in frames:
+        return {"floors": text, "matching": ""}
+    kept = " ".join(
+        f"{row['lang']}: {row['n_kept']:,} of {row['n_tokens']:,} tokens ({row['share']:.1%}), "
+        f"{row['n_units_kept']} of {row['n_units']} groups."
+        for row in frames["matching"].iter_rows(named=True)
+    )
+    return {"floors": text, "matching": kept}
+
+
+def methods(run: Run, tokens: pl.DataFrame, frames: dict[str, pl.DataFrame]) -> list[str]:
+    """Counts and policies of every statistic of the page, as sentences."""
+    languages = tokens.group_by("group_id").agg(n=pl.col("lang").n_unique())
+    paired = int((languages["n"] == 2).sum())
+    lines = [
+        f"{paired} of {len(languages)} prompt groups are in both languages: load maps count all groups, contrasts and "
+        "divergences only those.",
+    ]
+    for name, what in (("shared", "Shared words"), ("contrasts", "All tokens")):
+        if name in frames:
+            row = frames[name].row(0, named=True)
+            lines.append(
+                f"{what}: {row['n_groups']} groups, {row['n_tokens']:,} tokens, {row['n_tests']:,} tests; sign flips "
+                "over groups with the largest |t| over all layers and experts (max-T), intervals by Student's t."
+            )
+    if "audit" in frames and len(frames["audit"]):
+        row = frames["audit"].row(0, named=True)
+        lines.append(
+            f"Audit: {row['n_docs']} conversations of {row['n_groups']} groups, {row['n_controls']} controls per "
+            f"expert and intervention, so the least p is {1 / (row['n_controls'] + 1):.3f}; not corrected over experts."
+        )
+    return lines
