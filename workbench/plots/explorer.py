@@ -105,7 +105,8 @@ class Explorer:
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>Routing explorer</title>\n'
-            "<style>body { margin: 0; color-scheme: light dark; background: light-dark(#ffffff, #14171b) }</style>\n</head>\n<body>\n"
+            "<style>body { margin: 0; color-scheme: light dark; background: light-dark(#ffffff, #14171b) }</style>\n"
+            "</head>\n<body>\n"
             f"{self.fragment()}\n<script>{script}</script>\n</body>\n</html>\n"
         )
         try:
@@ -139,7 +140,8 @@ class Explorer:
         parts = [f"<p><em>{note}strongest expert in each layer.</em></p>"]
         for doc in self.payload["docs"]:
             spans = "".join(
-                f'<span title="{html.escape(hint)}">{html.escape(text)}</span>' for text, hint in _hints(doc, self.payload)
+                f'<span title="{html.escape(hint)}">{html.escape(text)}</span>'
+                for text, hint in _hints(doc, self.payload)
             )
             parts.append(f'<p><strong>{html.escape(doc["label"])}</strong></p>\n<p class="wbx-plain">{spans}</p>')
         return '<div class="wbx-fallback">' + "\n".join(parts) + "</div>\n"
@@ -184,9 +186,10 @@ def _chosen(tokens: pl.DataFrame, docs: Sequence[str] | None, group: str | None,
         raise RunError("docs, group: expected one of them, got both. Pass docs=[...] alone.")
     if docs is not None:
         chosen = [docs] if isinstance(docs, str) else list(dict.fromkeys(docs))
-        unknown = [doc for doc in chosen if doc not in set(tokens["doc_id"])]
+        unknown = sorted(set(chosen) - set(tokens["doc_id"]))
         if unknown or not chosen:
-            raise RunError(f"docs: expected ids of documents of the run, got {unknown or 'none'}. See tokens['doc_id'].")
+            got = unknown or "none"
+            raise RunError(f"docs: expected ids of documents of the run, got {got}. See tokens['doc_id'].")
         return chosen
     if group is None:
         return choose_docs(tokens, max_tokens)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from routed import HOSTILE, frames
 
 import workbench
-from routed import HOSTILE, frames
 from workbench.errors import RunError, ShapeError
 from workbench.io.runs import Run
 from workbench.plots.explorer import Explorer, explore, explorer_script
