@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from workbench.io.tokens import Tokenizer
     from workbench.io.weights import load_model, save_model
     from workbench.models import Llama, Qwen3Moe, build_model
+    from workbench.plots.explorer import explore
     from workbench.study import run_study
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _HOMES = {
     "WorkbenchError": "workbench.errors",
     "build_model": "workbench.models",
     "config_from_hf": "workbench.hf_config",
+    "explore": "workbench.plots.explorer",
     "load_model": "workbench.io.weights",
     "load_prompts": "workbench.io.prompts",
     "run_study": "workbench.study",
@@ -50,6 +52,7 @@ __all__ = [
     "WorkbenchError",
     "build_model",
     "config_from_hf",
+    "explore",
     "load_model",
     "load_prompts",
     "run_study",

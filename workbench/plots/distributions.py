@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from workbench.axes import EFFORTS
-from workbench.plots.theme import DASHES, GREY, GRID, NAMES, colour, faded, figure, ordered
+from workbench.plots.theme import DASHES, GREY, GRID, NAMES, colour, faded, figure, layer_step, ordered
 
 
 def layer_curves(means: pl.DataFrame, by: str, y_title: str, value: str = "mean") -> go.Figure:
@@ -111,7 +111,7 @@ def _band(frame: pl.DataFrame, low: str, high: str, line_colour: str) -> go.Scat
 
 
 def _layer_axes(fig: go.Figure, y_title: str) -> go.Figure:
-    fig.update_xaxes(title_text="layer", tickformat="d", dtick=1 if _n_layers(fig) <= 16 else 4)
+    fig.update_xaxes(title_text="layer", tickformat="d", tick0=0, dtick=layer_step(_n_layers(fig)))
     fig.update_yaxes(title_text=y_title, zeroline=True, zerolinecolor=GRID)
     return fig
 

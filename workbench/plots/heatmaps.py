@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,8 +10,9 @@ import plotly.graph_objects as go
 import polars as pl
 from plotly.subplots import make_subplots
 
-from workbench.plots.theme import DIVERGING, GRID, NAMES, TEMPLATE, ordered
+from workbench.plots.theme import DIVERGING, GRID, NAMES, TEMPLATE, map_axes, ordered
 
+WIDE = 64  # experts from which a panel takes the whole width, and cells have no gaps between them
 MAX_RATIO = 3.0  # log2: colours saturate at 8 times more or less than uniform
 
 
@@ -18,10 +20,11 @@ def load_map(load: pl.DataFrame, panels: str) -> go.Figure:
     """Expert load against uniform, one panel per value of the column `panels`: layers down, experts across.
 
     `load` comes from `stats.load.expert_load(by=[panels])`. Colour: log2(load E), so 0 is uniform and +1 twice as much;
-    an expert without a single slot shows at the bottom of the scale.
+    an expert without a single slot shows at the bottom of the scale. A column `tokens`, where there is one, joins the
+    hover: the text of each expert's tokens, say.
     """
     values = ordered(load[panels])
-    n_columns = min(len(values), 2)
+    n_columns = 1 if int(load["expert"].max()) >= WIDE else min(len(values), 2)  # type: ignore[arg-type]
     n_rows = -(-len(values) // n_columns)
     height = 60 + n_rows * (_panel_height(load["layer"].n_unique()) + 70)
     figure = make_subplots(
@@ -82,15 +85,17 @@ def contrast_map(
 
 def _load_panel(load: pl.DataFrame) -> go.Heatmap:
     layers, ratios = _matrix(load, "log2_ratio")
+    tokens = "tokens" in load.columns
     return go.Heatmap(
         z=np.nan_to_num(ratios, nan=-MAX_RATIO),
         y=layers,
         customdata=_hover(load, ("load", "slots")),
+        text=_texts(load, "tokens") if tokens else None,
         coloraxis="coloraxis",
         xgap=1,
         ygap=1,
         hovertemplate="layer %{y}, expert %{x}<br>load %{customdata[0]:.2%} of slots (%{customdata[1]:,.0f})<br>"
-        "log2(load / uniform) %{z:+.2f}<extra></extra>",
+        "log2(load / uniform) %{z:+.2f}" + ("<br>%{text}" if tokens else "") + "<extra></extra>",
     )
 
 
@@ -105,8 +110,14 @@ def _hover(frame: pl.DataFrame, columns: Sequence[str]) -> np.ndarray:
     return np.stack([_matrix(frame, column)[1] for column in columns], axis=-1)
 
 
+def _texts(frame: pl.DataFrame, column: str) -> np.ndarray:
+    """Texts [layer expert] as plotly shows them literally: it reads some markup, which tokens may look like."""
+    layers, texts = frame["layer"].n_unique(), frame.sort("layer", "expert")[column].fill_null("")
+    return np.array([html.escape(text).replace("\n", "↵") for text in texts], dtype=object).reshape(layers, -1)
+
+
 def _panel_height(n_layers: int) -> int:
-    return min(max(22 * n_layers, 150), 420)
+    return min(max(22 * n_layers, 150), max(420, 8 * n_layers))
 
 
 def _map_layout(figure: go.Figure, height: int, title: str, limit: float, n_rows: int = 1) -> go.Figure:
@@ -132,4 +143,4 @@ def _map_layout(figure: go.Figure, height: int, title: str, limit: float, n_rows
     if n_layers <= 16:  # few enough to name each
         figure.update_yaxes(dtick=1)
     figure.update_yaxes(title_text="layer", col=1)
-    return figure
+    return map_axes(figure)

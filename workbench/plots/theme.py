@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from workbench.axes import EFFORTS, LANGUAGES, SEGMENTS
@@ -78,3 +79,21 @@ def faded(hex_colour: str, opacity: float) -> str:
 def figure(height: int = 380) -> go.Figure:
     """An empty figure in the theme, as wide as its place."""
     return go.Figure(layout={"template": TEMPLATE, "height": height, "autosize": True})
+
+
+def map_axes(fig: go.Figure) -> go.Figure:
+    """The axes of every layer x expert map: layer 0 on top, cells to the edge, all layers named where they are few."""
+    maps = [trace for trace in fig.data if trace.type == "heatmap"]
+    layers = [layer for trace in maps for layer in trace.y]
+    n_experts = max(np.shape(trace.z)[1] for trace in maps)
+    fig.update_yaxes(
+        autorange=None, range=[max(layers) + 0.5, min(layers) - 0.5], tick0=0, dtick=layer_step(len(set(layers)))
+    )
+    fig.update_xaxes(range=[-0.5, n_experts - 0.5], tick0=0, dtick=max(1, 2 ** (n_experts.bit_length() - 4)))
+    gap = 1 if n_experts <= 64 else 0
+    return fig.update_traces(selector={"type": "heatmap"}, xgap=gap, ygap=gap)
+
+
+def layer_step(n_layers: int) -> int:
+    """Every layer is named up to 16 of them, beyond that every fourth."""
+    return 1 if n_layers <= 16 else 4

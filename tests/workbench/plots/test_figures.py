@@ -58,7 +58,39 @@ def test_load_map_has_a_panel_per_language_japanese_first() -> None:
     assert z[0, 3] == pytest.approx(1.0)  # half of all slots where a quarter is uniform
     assert z[0, 0] == -3.0  # never used: bottom of the scale
     assert fig.layout.coloraxis.cmin == -fig.layout.coloraxis.cmax
-    assert fig.layout.yaxis.autorange == "reversed"
+    assert fig.layout.yaxis.range == (LAYERS - 0.5, -0.5)  # layer 0 on top
+    assert fig.layout.yaxis.dtick == 1  # few layers: all are named
+
+
+def test_at_the_size_of_the_large_model_every_panel_has_the_whole_width() -> None:
+    layers, experts = 32, 128
+    load = load_frame().head(1).drop("layer", "expert")
+    cells = pl.DataFrame(
+        {"layer": np.repeat(np.arange(layers), experts), "expert": np.tile(np.arange(experts), layers)}
+    )
+    load = pl.concat([cells.join(load.with_columns(lang=pl.lit(lang)), how="cross") for lang in ("ja", "en")])
+    fig = load_map(load, "lang")
+    assert {panel.xaxis for panel in fig.data} == {"x", "x2"}
+    assert fig.layout.xaxis2.domain == fig.layout.xaxis.domain  # one above the other
+    assert fig.layout.yaxis2.domain[1] < fig.layout.yaxis.domain[0]
+    assert fig.layout.xaxis.range == (-0.5, 127.5)
+    assert fig.layout.yaxis.dtick == 4
+    assert fig.data[0].xgap == 0
+    assert (fig.layout.yaxis.domain[1] - fig.layout.yaxis.domain[0]) * fig.layout.height / layers > 10  # pixels a layer
+
+
+def test_map_axes_end_at_the_cells_also_where_dots_are_drawn_over_them() -> None:
+    fig = contrast_map(contrast_frame())
+    assert fig.layout.xaxis.range == (-0.5, EXPERTS - 0.5)
+    assert fig.layout.yaxis.range == (LAYERS - 0.5, -0.5)
+
+
+def test_hover_tells_the_tokens_of_an_expert_literally() -> None:
+    frame = load_frame().with_columns(tokens=pl.lit("<b>東京</b>\n"))
+    panel = load_map(frame, "lang").data[0]
+    assert panel.text[1][2] == "&lt;b&gt;東京&lt;/b&gt;↵"
+    assert panel.hovertemplate.endswith("<br>%{text}<extra></extra>")
+    assert load_map(load_frame(), "lang").data[0].text is None
 
 
 def test_contrast_map_marks_what_is_significant() -> None:
