@@ -57,8 +57,9 @@ def expert_controls(
     destroyed ("noise").
 
     One row per control: `effect` and `control_effect` (means over pairs), `difference` (specificity) with its 95%
-    bootstrap interval `low`, `high`, and `p`: for drawn controls the share of draws that reach the effect, counting the
-    expert itself, one-sided; for gate_matched a two-sided sign flip over pairs. judged: names of the pairs to use.
+    bootstrap interval `low`, `high` over pairs. `p_draws`: the share of draws whose mean reaches the effect, the expert
+    counted as one, on these pairs (null for gate_matched, which is not drawn); `p_pairs`: two-sided sign flip of the
+    difference over pairs, at least 2^(1 - n_pairs). judged: names of the pairs to use.
     """
     runs = expert_runs(model, pairs.only(pos), metric, direction)
     there, here = runs.columns(pairs.columns()[pos])
@@ -191,11 +192,11 @@ def _judge(control: str, effect: Tensor, draws: Tensor, seed: int) -> dict[str, 
     own, other = effect.double().numpy(), draws.double().numpy()
     difference = own - other.mean(0)  # [pair]
     low, high = bootstrap_mean(difference, seed=seed)
-    if len(other) > 1:
-        p = (1 + int(np.count_nonzero(other.mean(1) >= own.mean()))) / (1 + len(other))
-    else:
-        p = float(sign_flip_max_t(difference[:, None], seed=seed)[1][0])
+    reached = int(np.count_nonzero(other.mean(1) >= own.mean()))
+    p_draws = (1 + reached) / (1 + len(other)) if len(other) > 1 else None
+    p_pairs = float(sign_flip_max_t(difference[:, None], seed=seed)[1][0])
     return {
         "control": control, "effect": own.mean(), "control_effect": other.mean(), "difference": difference.mean(),
-        "low": float(low), "high": float(high), "p": p, "n_draws": len(other), "n_pairs": len(own),
+        "low": float(low), "high": float(high), "p_draws": p_draws, "p_pairs": p_pairs,
+        "n_draws": len(other), "n_pairs": len(own),
     }  # fmt: skip

@@ -136,9 +136,11 @@ class Bridge(nn.Module):
     ) -> tuple[Any, Any]:
         """(output, TransformerLens' ActivationCache), by default of everything but per-head and per-expert outputs."""
         found: dict[str, Tensor] = {}
+        edited = any(point.listened for point in self.model.hook_dict.values())  # perhaps in place, after we look
 
         def keep(x: Tensor, hook: HookPoint) -> None:
             kept = x.detach() if device is None else x.detach().to(device)
+            kept = kept.clone() if edited else kept
             found[hook.name] = kept[0] if remove_batch_dim and hook.shape.startswith("batch") else kept
 
         with self.model.hooks([(self._wanted(names_filter), keep)]):

@@ -124,7 +124,9 @@ def test_the_search_finds_the_planted_expert_and_the_controls_agree(
     assert (result.settings["layer"], result.settings["expert"]) == (m.writer_layer, m.experts[0])
     assert not set(result.settings["discovery"]) & set(result.settings["validation"])
     assert result.frame["control"].to_list() == ["random_expert", "gate_matched", "equal_norm"]
-    assert (result.frame["p"] <= 0.05).all()
+    assert (result.frame["p_draws"].drop_nulls() <= 0.05).all()
+    assert result.frame["p_draws"].null_count() == 1, "gate_matched is not drawn"
+    assert (result.frame["p_pairs"] <= 0.05).all()
     assert (result.frame["low"] > 0.3).all(), "specific"
     assert result.frame["control_effect"].head(2).to_list() == pytest.approx([0, 0], abs=0.01)
     assert (result.frame["n_pairs"] == 6).all()
@@ -142,7 +144,7 @@ def test_an_idle_expert_is_not_specific() -> None:
     by_control = {row["control"]: row for row in table.iter_rows(named=True)}
     assert by_control["random_expert"]["effect"] == pytest.approx(0, abs=0.01)
     assert by_control["random_expert"]["difference"] < 0, "the expert it is compared with is the planted one"
-    assert by_control["random_expert"]["p"] > 0.5
+    assert by_control["random_expert"]["p_draws"] > 0.5
 
 
 def test_halves_depend_on_names_alone() -> None:

@@ -11,7 +11,7 @@ from workbench.hooks import HookPoint
 
 pytest.importorskip("nnsight", reason="the nnsight extra is not installed")
 
-from workbench.interop.nnsight import wrap
+from workbench.interop.nnsight import _GROUPS, wrap
 
 
 def test_every_hook_point_is_an_envoy_and_reads_what_our_cache_reads(nano, prompt):
@@ -44,6 +44,14 @@ def test_lazy_points_are_computed_only_when_asked_for(nano, prompt):
         assert pattern.shape == (2, nano.cfg.n_heads, 7, 7)
     finally:
         type(nano.blocks[0].attn)._eager = original
+
+
+def test_every_lazy_point_has_a_group_that_decides_about_it(nano, nano_dense):
+    grouped = {leaf for group in _GROUPS for leaf in group}
+    for model in (nano, nano_dense):
+        lazy = {name.rpartition(".")[2] for name, point in model.hook_dict.items() if point.cost}
+        assert lazy <= grouped
+        assert not any(model.hook_dict[f"blocks.0.attn.{anchor}"].cost for anchor in ("hook_rot_k", "hook_z"))
 
 
 def test_editing_router_logits_reroutes_as_our_own_hook_does(nano, prompt):
