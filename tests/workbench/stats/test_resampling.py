@@ -80,6 +80,7 @@ def test_jackknife_of_the_mean_is_the_standard_error() -> None:
     assert estimate[0] == values.mean()
     assert high[0] - low[0] == pytest.approx(2 * 1.96 * error, rel=1e-4)
 
+
 def test_t_interval_is_the_textbook_one() -> None:
     values = np.array([[1.0, 0.0], [2.0, 0.0], [4.0, 0.0], [5.0, 0.0]])
     low, high = t_interval(values)
