@@ -89,6 +89,6 @@ def test_bad_settings_are_named(field: str, value: object, message: str) -> None
 
 def test_efforts_that_render_alike_are_not_compared(prompts: list[Prompt], small) -> None:
     ignores_effort = "{{ messages[0].content }}!"
-    with pytest.raises(ConfigError, match="tells low from medium, got the same tokens for both. Pass --efforts low"):
+    with pytest.raises(ConfigError, match=r"tells low from medium, got the same tokens for both. Pass --efforts low"):
         plan_documents(prompts, small.tokenizer, Settings(), ignores_effort)
     assert len(plan_documents(prompts, small.tokenizer, Settings(efforts=("low",)), ignores_effort)) == len(prompts)
