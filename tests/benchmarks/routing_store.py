@@ -75,16 +75,19 @@ def with_pandas(folder: Path) -> pd.DataFrame:
     return joined.groupby([*BY, "layer", "expert_ids"], sort=True).size().reset_index(name="slots")
 
 
-def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, one after the other in every round, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
+def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median (seconds, processor seconds of all threads) of each, taken by turns, after one round that does not count.
+
+    Where something else keeps the cores busy only the latter says what the work costs.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for round_number in range(repeats + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             function()
             if round_number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append((time.perf_counter() - start, time.process_time() - busy))
+    return {name: tuple(map(statistics.median, zip(*rows, strict=True))) for name, rows in times.items()}
 
 
 def check_same(folder: Path) -> None:
@@ -115,12 +118,16 @@ def main() -> None:
         few = write_store(part, arguments.tokens // arguments.pandas_share, *shape)
         check_same(part)
         times = interleaved({"workbench": lambda: with_workbench(whole)}, arguments.repeats)
-        print(f"workbench, {n:,} token-layers: {times['workbench']:.2f} s (median of {arguments.repeats})")
+        print(f"{n:,} token-layers, medians of {arguments.repeats}: {shown(times)}")
         both = {"workbench": lambda: with_workbench(part), "pandas": lambda: with_pandas(part)}
         times = interleaved(both, arguments.repeats)
-        ratio = times["pandas"] / times["workbench"]
-        seconds = ", ".join(f"{name} {value:.2f} s" for name, value in times.items())
-        print(f"both, {few:,} token-layers: {seconds}, ratio {ratio:.1f}")
+        ratios = [theirs / ours for theirs, ours in zip(times["pandas"], times["workbench"], strict=True)]
+        print(f"{few:,} token-layers, medians of {arguments.repeats}: {shown(times)}")
+        print(f"pandas / workbench: {ratios[0]:.1f} by the clock, {ratios[1]:.1f} in processor time")
+
+
+def shown(times: dict[str, tuple[float, float]]) -> str:
+    return "; ".join(f"{name} {wall:.2f} s, {busy:.2f} processor s" for name, (wall, busy) in times.items())
 
 
 if __name__ == "__main__":

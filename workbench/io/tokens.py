@@ -27,8 +27,7 @@ import tokenizers
 from workbench.errors import TokenizerError
 
 SPACE = "\u2581"
-# The names of ids 0 to 13, in order.
-_CONTROL_WORDS = "unk startoftext return mask endoftext cls eod sep constrain channel start end message call"
+_CONTROL_WORDS = "unk startoftext return mask endoftext cls eod sep constrain channel start end message call"  # 0-13
 CONTROL_NAMES = tuple(f"<|{word}|>" for word in _CONTROL_WORDS.split())
 BYTE_NAMES = tuple(f"<0x{value:02X}>" for value in range(256))
 

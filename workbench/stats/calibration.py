@@ -26,7 +26,7 @@ MIN_USES = 0.5
 
 # (risk_difference, logit_d) by (experts, k): chosen by `choose_floors` on half of the trials of `workbench calibrate`,
 # see docs/calibration.md for what they give on the other half. They do not carry over to another shape.
-FLOORS: dict[tuple[int, int], tuple[float, float]] = {(32, 4): (0.0, 0.5), (128, 8): (0.0, 0.5)}
+FLOORS: dict[tuple[int, int], tuple[float, float]] = {(32, 4): (0.0, 0.8), (128, 8): (0.0, 0.8)}
 
 
 def effect_floors(n_experts: int, k: int) -> tuple[float, float]:

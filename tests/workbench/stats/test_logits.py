@@ -56,3 +56,17 @@ def test_tokens_without_logits_are_left_out_and_none_at_all_gives_an_empty_frame
     some = logit_cells([(tokens[:10], layers, logits[:10])], tokens, ["group_id", "lang"])
     assert some["group_id"].unique().to_list() == ["0000"]
     assert logit_cells([], tokens, ["group_id"]).is_empty()
+
+
+@pytest.mark.slow
+def test_the_shared_token_pipeline_errs_in_one_family_of_twenty_at_most(words) -> None:
+    """No language anywhere, but words and topics with experts of their own: frequencies and logits, 200 families."""
+    by, n = ["group_id", "lang"], 200
+    rejected = np.zeros(2)
+    for seed in range(n):
+        tokens, routing, shards = words(n_groups=16, n_tokens=30, n_experts=12, word=2.0, seed=seed)
+        shared = match_tokens(tokens, "lang", BOTH)
+        cells = logit_cells(shards, shared, by)
+        found = paired_contrasts(slot_counts(shared, routing, by), "lang", BOTH, 12, logits=cells, n_resamples=400)
+        rejected += [(found[name] <= 0.05).any() for name in ("p_adjusted", "logit_p_adjusted")]
+    assert (rejected / n <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)).all()

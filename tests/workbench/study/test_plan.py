@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from workbench.chat import harmony_template
-from workbench.errors import PromptError, RunError
+from workbench.errors import ConfigError, PromptError, RunError
 from workbench.io.prompts import Prompt
 from workbench.study.plan import Settings, choose_prompts, plan_documents, settings_for
 
@@ -85,3 +85,10 @@ def test_settings_follow_the_model_unless_told_otherwise() -> None:
 def test_bad_settings_are_named(field: str, value: object, message: str) -> None:
     with pytest.raises(RunError, match=message):
         Settings(**{field: value})
+
+
+def test_efforts_that_render_alike_are_not_compared(prompts: list[Prompt], small) -> None:
+    ignores_effort = "{{ messages[0].content }}!"
+    with pytest.raises(ConfigError, match=r"tells low from medium, got the same tokens for both. Pass --efforts low"):
+        plan_documents(prompts, small.tokenizer, Settings(), ignores_effort)
+    assert len(plan_documents(prompts, small.tokenizer, Settings(efforts=("low",)), ignores_effort)) == len(prompts)
