@@ -1,6 +1,7 @@
 // mount(place, payload, tell) draws one explorer; mountAll() those of the page whose data lie beside them as JSON.
 
 const SCAFFOLDING = ["bos", "system", "developer", "control"]; // a text opens below these
+const FLOOR = 0.25; // shade of a routing weight of nothing
 
 function mountAll() {
   for (const place of document.querySelectorAll('[data-workbench-explorer="1"]:not([data-mounted])')) {
@@ -57,7 +58,7 @@ class Explorer {
     this.recolour();
     this.panes.forEach((pane) => {
       this.drawMap(pane);
-      pane.text.show(Math.max(0, pane.doc.segments.findIndex((name) => !SCAFFOLDING.includes(name))));
+      pane.text.open(Math.max(0, pane.doc.segments.findIndex((name) => !SCAFFOLDING.includes(name))));
     });
     this.follow(this.active);
   }
@@ -119,7 +120,7 @@ class Explorer {
     const levels = new Float32Array(doc.nLayers * doc.nExperts).fill(NaN);
     for (let layer = 0; layer < doc.nLayers; layer++) {
       for (const [expert, weight] of expertsOf(doc, token, layer)) {
-        levels[layer * doc.nExperts + expert] = 0.25 + 0.75 * (weight / this.payload.weight_scale);
+        levels[layer * doc.nExperts + expert] = FLOOR + (1 - FLOOR) * (weight / this.payload.weight_scale);
       }
     }
     return levels;
@@ -180,17 +181,21 @@ class Explorer {
   recolour() {
     const lists = this.panes.map((pane) => this.valuesOf(pane)), found = lists.filter(Boolean);
     const range = this.quantity === "expert" ? [0, this.payload.weight_scale] : found.length ? colourRange(found) : null;
-    this.panes.forEach((pane, i) => { pane.values = lists[i]; pane.text.colour(lists[i], range); });
+    this.panes.forEach((pane, i) => { pane.values = lists[i]; pane.text.colour(lists[i], range, this.floor()); });
     this.place.classList.toggle("wbx-by-segment", this.quantity === "segment");
     this.bar.quantity.value = this.quantity;
     this.bar.layer.disabled = ["expert", "segment"].includes(this.quantity);
     this.explain(range);
   }
 
+  floor() { return this.quantity === "expert" ? FLOOR : 0; } // a token that an expert took at a small weight is seen too
+
   explain(range) {
     const { title, unit } = this.meaning();
     this.legend.replaceChildren(title);
-    if (range) this.legend.append(` ${number(range[0])} `, element("span", { className: "wbx-ramp" }), ` ${number(range[1])} ${unit}`);
+    const ramp = element("span", { className: "wbx-ramp" });
+    ramp.style.setProperty("--v", `${100 * this.floor()}%`);
+    if (range) this.legend.append(` ${number(range[0])} `, ramp, ` ${number(range[1])} ${unit}`);
     if (this.quantity === "expert" && this.expert) {
       const taken = this.panes.map(({ doc, values }) => `${values.reduce((n, v) => n + !Number.isNaN(v), 0)} of ${doc.nTokens}`);
       this.legend.append(`; it took ${taken.join(" and ")} tokens`);

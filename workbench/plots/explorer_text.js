@@ -49,13 +49,14 @@ class TokenText {
     });
   }
 
-  // values: one number per token (NaN: no colour) or null; range: [low, high] of the colours.
-  colour(values, range) {
+  // values: one number per token (NaN: no colour) or null; range: [low, high] of the colours, the low one at `floor`.
+  colour(values, range, floor) {
     const [low, high] = range ?? [0, 1], width = high - low || 1;
     this.spans.forEach((span, token) => {
       const value = values ? values[token] : NaN;
       if (Number.isNaN(value)) { span.style.removeProperty("--v"); return; }
-      span.style.setProperty("--v", `${Math.round(100 * Math.min(1, Math.max(0, (value - low) / width)))}%`);
+      const level = Math.min(1, Math.max(0, (value - low) / width));
+      span.style.setProperty("--v", `${Math.round(100 * (floor + (1 - floor) * level))}%`);
     });
   }
 
@@ -74,6 +75,8 @@ class TokenText {
     span.setAttribute("aria-selected", String(pinned));
     span.parentElement.classList.add("wbx-here");
   }
+
+  open(token) { this.root.scrollTop = this.spans[token].parentElement.offsetTop - this.root.offsetTop - 4; }
 
   show(token) { // scrolls inside the text only, never the page
     const span = this.spans[token], top = span.offsetTop - this.root.offsetTop;

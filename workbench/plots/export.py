@@ -51,8 +51,8 @@ def save_figure(
         image = shown.to_image(kind, width=width, height=height or fig.layout.height or 450, scale=scale)
     except Exception as error:  # kaleido and plotly raise their own, and bare RuntimeError, for a missing browser
         raise RunError(
-            f"{path}: expected kaleido to draw it with chromium, got {type(error).__name__}: {str(error).strip()[:200]} "
-            "Install chromium, or set BROWSER_PATH to it."
+            f"{path}: expected kaleido to draw it with chromium, "
+            f"got {type(error).__name__}: {str(error).strip()[:200]} Install chromium, or set BROWSER_PATH to it."
         ) from error
     try:
         path.write_bytes(image)
@@ -62,7 +62,7 @@ def save_figure(
 
 
 def notebook_html(notebook: str | Path, path: str | Path) -> Path:
-    """Write an executed notebook as one HTML page that shows every figure and explorer offline; returns the page's path.
+    """Write an executed notebook as one HTML page that shows every figure and explorer offline; returns its path.
 
     Nothing is run: the outputs stored in the notebook are shown. The page is 5 MB larger than its outputs, for
     plotly.js, where it has figures. Raises RunError when nbconvert (extra `notebooks`) is missing or a file cannot be

@@ -131,7 +131,7 @@ def test_other_endings_and_missing_packages_get_one_clear_error(
     with pytest.raises(RunError, match=r"expected a name ending in \.png, \.svg or \.pdf, got \.bmp"):
         save_figure(curves(), tmp_path / "figure.bmp")
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    with pytest.raises(RunError, match="expected kaleido, got no such package. Install the extra `notebooks`"):
+    with pytest.raises(RunError, match=r"expected kaleido, got no such package\. Install the extra `notebooks`"):
         save_figure(curves(), tmp_path / "figure.png")
     monkeypatch.setitem(sys.modules, "nbconvert", None)
     with pytest.raises(RunError, match="expected nbconvert, got no such package"):
