@@ -79,8 +79,6 @@ class Moe(nn.Module):
         layer = plan_layer(
             x.flatten(0, 1), *weights, self.cfg.k, self.cfg.norm_topk_prob, Need(), Intervene(), "auto", numerics
         )
-        if not layer.n_tokens:
-            raise HookError("tokens: expected at least one for moe_impl 'triton', got none.")
         routed = stages.route(layer, taps)
         if self.hook_expert_load.listened:
             ids = routed.ids.unflatten(0, x.shape[:2])  # [batch pos k]

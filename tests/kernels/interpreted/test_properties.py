@@ -16,6 +16,7 @@ from workbench_kernels.moe.blocks import SAFE
 from workbench_kernels.moe.plan import NEEDS, PATHS, ROUTED
 
 BF16 = torch.bfloat16
+TWO = ("decode", "skinny")  # tile is skinny with the operands of its products exchanged
 
 
 def run(p: object, path: str, **options: object) -> tuple[Tensor, object]:
@@ -86,7 +87,7 @@ def test_a_bad_row_stays_its_own(path: str) -> None:
         assert getattr(routing, name)[others].isfinite().all()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TWO)
 def test_ties_go_to_the_lowest_ids(path: str) -> None:
     p = problem(4, 24, 12, 8, 3)
     p.router[:] = p.router[0]
@@ -96,14 +97,14 @@ def test_ties_go_to_the_lowest_ids(path: str) -> None:
     assert torch.allclose(routing.routing_weights, torch.full((4, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TWO)
 def test_one_expert_may_take_everything_and_others_nothing(path: str) -> None:
     p = problem(17, 24, 12, 6, 1)
     _, routing = check(p, path, ROUTED, Intervene(forced_ids=torch.full((17, 1), 5)))
     assert routing.expert_load.tolist() == [0, 0, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TWO)
 def test_strided_input(path: str) -> None:
     p = problem(4, 24, 12, 6, 2)
     y, _ = run(p, path)
@@ -114,7 +115,7 @@ def test_strided_input(path: str) -> None:
         assert torch.equal(fused_moe(x, *p.args[1:], impl="triton", path=path, _blocks=BLOCKS)[0], y)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", TWO)
 def test_no_tokens(path: str) -> None:
     p = problem(0, 24, 12, 6, 2, BF16)
     y, routing = check(p, path, NEEDS)
@@ -138,7 +139,7 @@ def test_the_swapped_product_gives_the_same_bits() -> None:
     assert torch.equal(run(p, "skinny")[0], run(p, "tile")[0])
 
 
-@pytest.mark.parametrize("path", ["decode", "skinny"])
+@pytest.mark.parametrize("path", TWO)
 def test_taps_that_look_change_no_bit_and_edits_stay_in_their_slot(path: str) -> None:
     p = problem(5, 24, 12, 6, 2, BF16)
     clean, routing = run(p, path, need=ROUTED)
