@@ -133,7 +133,7 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
     add("--moe-impl", default="auto", help="how experts are computed (default: %(default)s)")
     add("--router-logits", action=toggle, default=True, help="keep the router logits of all experts (default: yes)")
-    add("--experts", action=toggle, default=True, help="remove and force experts, see what they write (default: yes)")
+    add("--experts", action=toggle, default=False, help="also remove and force experts, see what they write (minutes)")
     add("--header-swap", nargs="*", default=(), choices=("effort", "channel"), help="read again with another header")
     add("--compare", metavar="MODEL", help="another checkpoint of the same lineage, on the same tokens")
     add("--norms", action="store_true", help="also measure how much each chosen expert adds")

@@ -58,7 +58,7 @@ def _driver() -> str:
 
 
 @torch.no_grad()
-def measure(report: Report, device: torch.device, smoke: bool, impl: str) -> bool:
+def measure(report: Report, device: torch.device, smoke: bool, impl: str, brief: bool = False) -> bool:
     """All sections in order of importance; False when a result was wrong."""
     on_gpu = device.type == "cuda"
     shape = SMOKE if smoke else REAL if on_gpu else SMALL
@@ -74,20 +74,23 @@ def measure(report: Report, device: torch.device, smoke: bool, impl: str) -> boo
         if not right:
             continue  # a wrong result has no time
         sections = [(f"T={n}", lambda n=n, b=bench: b.compare(n, False)) for n in tokens]
-        sections += [
-            ("costs", lambda n=n, b=bench: b.costs(n)) for n in (tokens[0], tokens[-1] if not on_gpu else 4096)
-        ]
-        sections += [("formats", lambda n=n, b=bench: b.formats(n)) for n in (tokens[0], 64 if on_gpu else tokens[1])]
-        sections += [(f"T={n} skewed", lambda n=n, b=bench: b.compare(n, True)) for n in tokens]
+        if not brief:
+            sections += [
+                ("costs", lambda n=n, b=bench: b.costs(n)) for n in (tokens[0], 4096 if on_gpu else tokens[-1])
+            ]
+            sections += [
+                ("formats", lambda n=n, b=bench: b.formats(n)) for n in (tokens[0], 64 if on_gpu else tokens[1])
+            ]
+            sections += [(f"T={n} skewed", lambda n=n, b=bench: b.compare(n, True)) for n in tokens]
         for name, section in sections:
             if report.left > (60 if on_gpu and not smoke else 0):
                 report.attempt("layer", name, section)
             else:
                 report.add("layer", name, dtype=str(dtype), note="left out: the time budget is spent")
-        del bench, sections
+        del bench, sections, section  # their weights make room for the next
     if on_gpu:
         torch.cuda.empty_cache()
-    if on_gpu or smoke:
+    if (on_gpu or smoke) and not brief:
         plan: dict[str, Any] = {"prompts": (512, 4096, 16384), "batches": (1, 8), "context": 512}
         if smoke:
             plan = {"prompts": (16, 32), "batches": (1, 2), "context": 8}
@@ -127,6 +130,7 @@ def main() -> int:
     parser.add_argument("--impl", default="auto", help="ours, by name; auto: triton on a GPU, else sorted")
     parser.add_argument("--threads", type=int, help="of torch on CPU")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--brief", action="store_true", help="uniform routing alone, no costs, formats or model")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds; sections that no longer fit say so")
     parser.add_argument("--out", type=Path, help="the CSV; default: kernels/benchmarks/results/DEVICE.csv")
     arguments = parser.parse_args()
@@ -136,7 +140,7 @@ def main() -> int:
     impl = arguments.impl if arguments.impl != "auto" else "triton" if device.type == "cuda" else "sorted"
     report = Report(time.monotonic() + arguments.budget)
     about = machine(device)
-    right = measure(report, device, arguments.smoke, impl)
+    right = measure(report, device, arguments.smoke, impl, arguments.brief)
     name = about["device"].lower().replace(" ", "_").replace("/", "_") if device.type == "cuda" else "cpu"
     path = arguments.out or Path(__file__).parent / "results" / f"{name}.csv"
     write(report, about, path)

@@ -1,4 +1,4 @@
-"""transformers' Qwen3-MoE on the Triton kernels: logits against each of its own implementations, on the same experts."""
+"""transformers' Qwen3-MoE on the Triton kernels: logits against its own implementations, on the same experts."""
 
 from __future__ import annotations
 
