@@ -1,7 +1,6 @@
 // mount(place, payload, tell) draws one explorer; mountAll() those of the page whose data lie beside them as JSON.
 
 const SCAFFOLDING = ["bos", "system", "developer", "control"]; // a text opens below these
-const FLOOR = 0.25; // shade of a routing weight of nothing
 
 function mountAll() {
   for (const place of document.querySelectorAll('[data-workbench-explorer="1"]:not([data-mounted])')) {
@@ -109,37 +108,16 @@ class Explorer {
 
   drawMap(pane) {
     const { doc, token } = pane;
-    pane.map.draw(token === null ? this.loadLevels(doc) : this.tokenLevels(doc, token), this.layer, this.expert);
+    pane.map.draw(token === null ? loadLevels(doc) : tokenLevels(doc, token), this.layer, this.expert);
     pane.title.textContent = token === null
       ? "load over the whole text; full shade: the busiest expert. Layers down, experts across"
       : `${this.describeToken(doc, token)}: shade is the routing weight. Layers down, experts across`;
     if (pane.list.open) this.writeExperts(pane);
   }
 
-  tokenLevels(doc, token) {
-    const levels = new Float32Array(doc.nLayers * doc.nExperts).fill(NaN);
-    for (let layer = 0; layer < doc.nLayers; layer++) {
-      for (const [expert, weight] of expertsOf(doc, token, layer)) {
-        levels[layer * doc.nExperts + expert] = FLOOR + (1 - FLOOR) * (weight / this.payload.weight_scale);
-      }
-    }
-    return levels;
-  }
-
-  loadLevels(doc) {
-    if (!doc.load) {
-      doc.load = Float32Array.from(slotCounts(doc));
-      const most = doc.load.reduce((a, b) => Math.max(a, b), 0) || 1;
-      doc.load = doc.load.map((count) => (count ? 0.08 + 0.92 * (count / most) : NaN));
-    }
-    return doc.load;
-  }
-
   writeExperts(pane) {
     const { doc, token } = pane;
-    pane.experts.textContent = token === null ? "point at a token" : this.payload.layers.map((name, layer) =>
-      `layer ${name}: ` + expertsOf(doc, token, layer).map(([expert, weight]) => `${expert} (${weight.toFixed(2)})`).join("  "),
-    ).join("\n");
+    pane.experts.textContent = token === null ? "point at a token" : expertLines(doc, token, this.payload.layers);
   }
 
   // ---- experts

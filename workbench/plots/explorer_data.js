@@ -1,6 +1,7 @@
 // The data of an explorer, and its arithmetic: no page in here. Arrays are flat; shapes are given as [token layer k].
 
 const MISSING = 65535;
+const FLOOR = 0.25; // shade of a routing weight of nothing
 
 function decodeBytes(text) {
   const binary = atob(text), bytes = new Uint8Array(binary.length);
@@ -76,6 +77,33 @@ function slotCounts(doc) {
   const counts = new Float64Array(doc.nLayers * doc.nExperts), width = doc.nLayers * doc.k;
   for (let i = 0; i < doc.ids.length; i++) counts[Math.floor((i % width) / doc.k) * doc.nExperts + doc.ids[i]]++;
   return counts;
+}
+
+// Shades of the map, [layer expert] with NaN where there is nothing: the routing weights of one token ...
+function tokenLevels(doc, token) {
+  const levels = new Float32Array(doc.nLayers * doc.nExperts).fill(NaN);
+  for (let layer = 0; layer < doc.nLayers; layer++) {
+    const start = (token * doc.nLayers + layer) * doc.k;
+    for (let k = 0; k < doc.k; k++) {
+      levels[layer * doc.nExperts + doc.ids[start + k]] = FLOOR + (1 - FLOOR) * (doc.weights[start + k] / 255);
+    }
+  }
+  return levels;
+}
+
+// ... or the load over a whole document, the busiest expert at 1.
+function loadLevels(doc) {
+  if (!doc.load) {
+    const counts = slotCounts(doc), most = counts.reduce((a, b) => Math.max(a, b), 1);
+    doc.load = Float32Array.from(counts, (count) => (count ? 0.08 + 0.92 * (count / most) : NaN));
+  }
+  return doc.load;
+}
+
+// The experts of one token as text, a line per layer.
+function expertLines(doc, token, layers) {
+  const named = ([expert, weight]) => `${expert} (${weight.toFixed(2)})`;
+  return layers.map((name, layer) => `layer ${name}: ${expertsOf(doc, token, layer).map(named).join("  ")}`).join("\n");
 }
 
 // Mean share of the weight that each expert gets, [layer expert], by segment; "" is the whole document.
