@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(arguments: argparse.Namespace) -> None:
     """Load, run, capture, report."""
+    from workbench.io.hub import model_name
     from workbench.io.prompts import BUNDLED_PROMPTS, load_prompts
     from workbench.io.weights import load_model
     from workbench.study import run_study, write_report
@@ -48,7 +49,7 @@ def study(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
     )
-    out = arguments.out or Path("runs") / Path(arguments.model).name
+    out = arguments.out or Path("runs") / model_name(arguments.model)
     print(write_report(run_study(model, prompts, out, settings), arguments.seed))
 
 

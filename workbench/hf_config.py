@@ -39,6 +39,7 @@ _ROPE_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 _MISSING = object()
+MAX_LAYERS = 10_000  # more than any model has: beyond it, building the table of tensors would take all memory
 
 
 def _is_id(value: Any) -> bool:
@@ -137,7 +138,8 @@ class _Reader:
         for key, allowed in _ONLY_VALUE.items():
             self.taken.add(key)
             value = self.hf.get(key, allowed[0])
-            if isinstance(value, list | dict) or value not in allowed:
+            flag = isinstance(value, bool) and not any(value is one for one in allowed)  # to Python, True is 1
+            if isinstance(value, list | dict) or flag or value not in allowed:
                 self.refuse(key, " or ".join(map(repr, allowed)))
         self.taken.add("layer_types")
         if self.hf.get("layer_types") not in (None, ["full_attention"] * n_layers):
@@ -189,9 +191,12 @@ def _shared_from_hf(reader: _Reader) -> dict[str, Any]:
     count = "a positive integer"
     n_heads, d_model = reader.take("num_attention_heads", count), reader.take("hidden_size", count)
     eos = reader.take("eos_token_id", "a token id or a list of them", []) if "eos_token_id" in reader.hf else 2
+    n_layers = reader.take("num_hidden_layers", count)
+    if n_layers > MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers: expected at most {MAX_LAYERS}, got {n_layers}. Check config.json.")
     return {
         "d_model": d_model,
-        "n_layers": reader.take("num_hidden_layers", count),
+        "n_layers": n_layers,
         "n_heads": n_heads,
         "n_kv_heads": reader.take("num_key_value_heads", count, n_heads),
         "d_head": reader.take("head_dim", count, d_model // n_heads),
@@ -218,9 +223,10 @@ def _rope_from_hf(reader: _Reader) -> RopeConfig:
     given = dict(parameters or scaling or {})
     kind = given.pop("rope_type", None) or given.get("type", "default")
     given.pop("type", None)
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise ConfigError(f"rope_type: expected one of {', '.join(_ROPE_KEYS)}, got {kind!r}. No other is implemented.")
-    if given.pop("partial_rotary_factor", 1) != 1:
+    factor = given.pop("partial_rotary_factor", 1)
+    if isinstance(factor, bool) or factor != 1:
         raise ConfigError("partial_rotary_factor: expected 1, got another value. Partial rotary is not implemented.")
     theta = _rope_theta(reader.take("rope_theta", "a number", None), given.pop("rope_theta", None))
     if "original_max_position_embeddings" in given:

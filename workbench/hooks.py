@@ -79,8 +79,11 @@ class HookPoint(nn.Module):
         return x  # an idle point skips nn.Module's call machinery
 
     def forward(self, x: Tensor) -> Tensor:
+        version = x._version if self.read_only and not x.is_inference() else 0
         for fn in tuple(self.fwd_hooks):  # a hook may remove itself
             x = self._checked(x, fn(x, hook=self))
+        if self.read_only and not x.is_inference() and x._version != version:
+            raise HookError(f"hook at {self.name}: expected no change (this point is read-only), got an edit in place.")
         if self.bwd_hooks:
             x = self._watch_gradient(x)
         return x
@@ -134,6 +137,8 @@ class ActivationCache(dict[str, Tensor]):
     """
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        if not isinstance(key, str) and not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str)):
+            raise HookError(f'cache: expected a name or a pair such as ("resid_pre", 3), got {key!r}.')
         if isinstance(key, str):
             if key not in self:
                 raise HookError(f"{unknown_name(key, self, 'cached activation')} Points with a cost need names_filter.")
@@ -161,6 +166,15 @@ def _leaf_names(leaf: str, layer: int) -> list[str]:
     return [f"blocks.{layer}.{p}hook_{name}" for p in ([f"{part}."] if part else ("", "attn.", "mlp.", "ln1.", "ln2."))]
 
 
+def as_device(device: torch.device | str) -> torch.device:
+    """The device by its name. Raises HookError when this machine does not have it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts when it was built without the backend
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise HookError(f"device: expected one this machine has, got {device!r} ({reason}). Use 'cpu'.") from None
+
+
 def _checked_pair(pair: tuple[NameFilter, HookFn]) -> tuple[NameFilter, HookFn]:
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
         raise HookError(f"hooks: expected pairs of a name and a function, got {pair!r}. Write [(name, function)].")
@@ -169,7 +183,7 @@ def _checked_pair(pair: tuple[NameFilter, HookFn]) -> tuple[NameFilter, HookFn]:
 
 def unknown_name(name: str, known: Iterable[str], what: str = "hook name") -> str:
     """The error text for a name that is not among `known`, with the closest ones."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4) if isinstance(name, str) else []
     hint = f"Did you mean {', '.join(close)}?" if close else "See model.hook_table()."
     return f"{what}: expected a known one, got {name!r}. {hint}"
 
@@ -222,9 +236,13 @@ class HookedModel(nn.Module):
         bwd_hooks: Iterable[tuple[NameFilter, HookFn]] = (),
     ) -> Iterator[HookedModel]:
         """Listen inside the `with` block: fwd_hooks see activations, bwd_hooks gradients. Nothing stays attached."""
+        given = (("fwd_hooks", fwd_hooks), ("bwd_hooks", bwd_hooks))
+        for direction, pairs in given:
+            if not isinstance(pairs, Iterable) or isinstance(pairs, str):
+                raise HookError(f"{direction}: expected a list of (name, function), got {pairs!r}.")
         wanted = [
             (point, direction, fn)
-            for direction, pairs in (("fwd_hooks", fwd_hooks), ("bwd_hooks", bwd_hooks))
+            for direction, pairs in given
             for names, fn in map(_checked_pair, pairs)
             for point in self.select_hooks(names)
         ]
@@ -272,9 +290,14 @@ class HookedModel(nn.Module):
         per-expert tensors) are kept when a name or predicate asks for them. `stop_at_layer` ends the run early.
         """
         cache = ActivationCache()
+        target = None if device is None else as_device(device)
+        # One storage may pass several points (resid_post of a layer is resid_pre of the next): where another hook could
+        # edit it in place later, what was seen here has to be copied.
+        shared = any(point.listened for point in self.hook_dict.values())
 
         def keep(x: Tensor, hook: HookPoint) -> None:
-            cache[hook.name] = x.detach().to(device) if device is not None else x.detach()
+            x = x.detach() if target is None else x.detach().to(target)
+            cache[hook.name] = x.clone() if shared else x
 
         free = [name for name, point in self.hook_dict.items() if not point.cost]
         wanted = free if names_filter is None else [point.name for point in self.select_hooks(names_filter)]

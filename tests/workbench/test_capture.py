@@ -129,3 +129,31 @@ def test_the_weights_hash_tells_models_apart_and_nothing_else(moe: Qwen3Moe) -> 
     with torch.no_grad():
         moe.blocks[2].mlp.router.weight[3, 4] += 1e-3
     assert weights_hash(moe) != weights_hash(init_weights(build_model(moe.cfg), seed=1, std=0.2))
+
+
+def test_a_knocked_out_expert_leaves_entropy_and_margin_finite(moe: Llama) -> None:
+    def without_expert_5(router_logits: torch.Tensor, hook: object) -> torch.Tensor:
+        router_logits = router_logits.clone()
+        router_logits[..., 5] = -torch.inf
+        return router_logits
+
+    with moe.hooks([("blocks.0.mlp.hook_router_logits", without_expert_5)]):
+        routing = capture_routing(moe, [[5, 6, 7]])
+    assert np.isfinite(routing.router_entropy).all()
+    assert np.isfinite(routing.router_margin).all()
+
+
+def test_a_margin_with_nothing_left_to_choose_is_nan() -> None:
+    logits = torch.tensor([[2.0, 1.0, -torch.inf, -torch.inf], [2.0, 1.0, 0.5, -torch.inf]])
+    margin = router_margin(logits, k=2)
+    assert margin[0].isnan()
+    assert margin[1] == 0.5
+
+
+@pytest.mark.parametrize("place", [0, 1, 4095, 4097, 9999])
+def test_the_weights_hash_sees_every_value_of_a_large_parameter(moe: Llama, place: int) -> None:
+    moe.embed = torch.nn.Embedding(100, 100)
+    before = weights_hash(moe, sample=64)
+    with torch.no_grad():
+        moe.embed.weight.view(-1)[place] += 1
+    assert weights_hash(moe, sample=64) != before

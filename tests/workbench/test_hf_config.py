@@ -141,6 +141,12 @@ def test_written_config_reads_back(base: dict) -> None:
         ({"num_experts": [8]}, r"num_experts: expected a positive integer, got \[8\]"),
         ({"model_type": "mixtral"}, "model_type: expected one of llama, qwen3_moe, got 'mixtral'"),
         ({"attention_dropout": 0.1}, "attention_dropout: expected 0"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers: expected at most 10000"),
+        ({"rope_scaling": {"rope_type": {"a": 1}}}, "rope_type: expected one of"),
+        (
+            {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": True}},
+            "partial_rotary_factor: expected 1",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(changes: dict, message: str) -> None:

@@ -270,3 +270,62 @@ def test_layer_of_a_hook(llama: Llama) -> None:
     assert llama.hook_dict["blocks.2.attn.hook_q"].layer() == 2
     with pytest.raises(HookError, match="inside a block"):
         llama.hook_dict["hook_embed"].layer()
+
+
+# --- edits in place -----------------------------------------------------------------------------------------------
+
+
+def zero_in_place(x: torch.Tensor, hook: HookPoint) -> None:
+    x.zero_()
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_later_edit_in_place_does_not_reach_what_was_cached(model: Llama, tokens: torch.Tensor, layer: int) -> None:
+    seen = f"blocks.{layer - 1}.hook_resid_post" if layer else "hook_embed"
+    with torch.no_grad():
+        _, clean = model.run_with_cache(tokens)
+        with model.hooks([(f"blocks.{layer}.hook_resid_pre", zero_in_place)]):
+            _, cache = model.run_with_cache(tokens)
+    assert torch.equal(cache[seen], clean[seen])
+    assert cache["resid_pre", layer].count_nonzero() == 0
+
+
+def test_an_edit_in_place_does_not_reach_the_callers_residual_stream(model: Llama, tokens: torch.Tensor) -> None:
+    with torch.no_grad():
+        resid = model(tokens, stop_at_layer=1)
+        before = resid.clone()
+        model.run_with_hooks(resid, start_at_layer=1, fwd_hooks=[("blocks.1.hook_resid_pre", zero_in_place)])
+    assert torch.equal(resid, before)
+
+
+def test_a_read_only_point_refuses_an_edit_in_place(moe: Llama, tokens: torch.Tensor) -> None:
+    with torch.no_grad(), pytest.raises(HookError, match=r"expected no change \(this point is read-only\)"):
+        moe.run_with_hooks(tokens, fwd_hooks=[("blocks.0.mlp.hook_expert_load", zero_in_place)])
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fwd_hooks": None}, r"fwd_hooks: expected a list of \(name, function\), got None"),
+        ({"fwd_hooks": zero_in_place}, "fwd_hooks: expected a list"),
+        ({"bwd_hooks": "blocks.0.hook_resid_pre"}, "bwd_hooks: expected a list"),
+        ({"fwd_hooks": [(3, zero_in_place)]}, "hook names: expected a name"),
+    ],
+)
+def test_hooks_of_another_kind_are_refused(model: Llama, tokens: torch.Tensor, arguments: dict, message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        model.run_with_hooks(tokens, **arguments)
+
+
+def test_cache_arguments_of_another_kind_are_refused(model: Llama, tokens: torch.Tensor) -> None:
+    with pytest.raises(HookError, match="hook name: expected a known one, got 3"):
+        model.run_with_cache(tokens, names_filter=[3])
+    with pytest.raises(HookError, match="device: expected one this machine has, got 'nowhere'"):
+        model.run_with_cache(tokens, device="nowhere")
+    _, cache = model.run_with_cache(tokens)
+    for key in (3, ("resid_pre", 0, 1), (0, "resid_pre")):
+        with pytest.raises(HookError, match="cache: expected a name or a pair"):
+            cache[key]

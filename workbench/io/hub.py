@@ -40,6 +40,12 @@ def resolve(path_or_name: str | os.PathLike[str]) -> Path:
     return _download(name)
 
 
+def model_name(path_or_name: str) -> str:
+    """What to call a model in file names and manifests: the last part of a directory's real path, or of a name."""
+    path = Path(path_or_name).expanduser()
+    return (path.resolve() if path.is_dir() else path).name
+
+
 def _bundled(name: str) -> Path:
     path = BUNDLED_DIR / name
     if not path.is_dir():

@@ -269,6 +269,12 @@ def _read_spec(data: bytes, source: str) -> dict[str, Any]:
                 f"{source}: expected id {token_id} to be {name}, got {piece!r} in the vocabulary and "
                 f"{added.get(token_id)!r} as added token. This is not a tokenizer of the LLM-jp-4 family."
             )
+    beyond = [token_id for token_id in added if not 0 <= token_id < len(pieces) + len(added)]
+    if beyond:
+        raise TokenizerError(
+            f"{source}: expected added tokens with ids that follow the {len(pieces)} pieces without a gap, "
+            f"got {beyond[0]}. Use the published tokenizer.json."
+        )
     missing = sorted(set(BYTE_NAMES).difference(pieces))
     if missing:
         raise TokenizerError(f"{source}: expected 256 byte pieces, got none for {missing[0]}. Rebuild the vocabulary.")

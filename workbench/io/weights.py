@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workbench.config import ModelConfig
-from workbench.errors import CheckpointError
+from workbench.errors import CheckpointError, HookError
 from workbench.hf_config import config_from_hf, config_to_hf
+from workbench.hooks import as_device
 from workbench.io.checkpoint import (
     FLOAT_DTYPES,
     INDEX_FILE,
@@ -216,12 +217,12 @@ def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _as_device(device: str | torch.device) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without the device's backend
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise CheckpointError(
-            f"device: expected one this machine has, got {str(device)!r} ({reason}). Use 'cpu'."
-        ) from None
+        found = as_device(device)
+    except HookError as error:
+        raise CheckpointError(str(error)) from None
+    if found.type == "meta":
+        raise CheckpointError("device: expected one that holds weights, got 'meta'. Use build_model for a skeleton.")
+    return found
 
 
 def _save_shards(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
@@ -267,20 +268,33 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A directory beside `path` that takes its place once it is complete, and vanishes if anything goes wrong."""
-    is_checkpoint = (path / "config.json").is_file()
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_checkpoint):
+    if path.exists() and not _is_ours(path):
         raise CheckpointError(
             f"{path}: expected a new directory or an earlier checkpoint, got something else. Choose another path."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     unique = uuid.uuid4().hex[:8]
     new, old = path.with_name(f".{path.name}.{unique}.new"), path.with_name(f".{path.name}.{unique}.old")
-    new.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a place to write, got {error.strerror}. Choose another.") from None
     try:
         yield new
         if path.is_dir():
             path.rename(old)
         new.rename(path)
     finally:
+        if old.is_dir() and not path.exists():
+            old.rename(path)
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path holds nothing, or only what a checkpoint consists of, so that replacing it loses nothing else."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir() if entry.suffix != ".safetensors"}
+    known = {"config.json", INDEX_FILE, "tokenizer.json", *_TOKENIZER_EXTRAS, _TEMPLATE_FILE, _GENERATION_FILE}
+    return (not names and not any(path.iterdir())) or ("config.json" in names and names <= known)

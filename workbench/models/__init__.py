@@ -9,6 +9,7 @@ from workbench.errors import ConfigError
 from workbench.models.cache import KVCache
 from workbench.models.generate import Generation, generate
 from workbench.models.llama import Llama
+from workbench.models.moe import ROUTER_DTYPES
 from workbench.models.qwen3_moe import Qwen3Moe
 from workbench_kernels import choose_implementation
 
@@ -30,8 +31,11 @@ def build_model(
     """
     target = torch.device(device)
     with torch.device("meta"):  # first without memory: constructors would fill float32 weights only to be overwritten
+        implementation = _implementation(moe_impl, target, dtype)  # checked for a dense model too
+        if router_dtype not in ROUTER_DTYPES:
+            raise ConfigError(f"router_dtype: expected one of {', '.join(ROUTER_DTYPES)}, got {router_dtype!r}.")
         if isinstance(cfg, Qwen3MoeConfig):
-            model: Llama = Qwen3Moe(cfg, attn_impl, _implementation(moe_impl, target, dtype), router_dtype)
+            model: Llama = Qwen3Moe(cfg, attn_impl, implementation, router_dtype)
         else:
             model = Llama(cfg, attn_impl)
     model = model.to(dtype).eval()

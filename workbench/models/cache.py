@@ -36,9 +36,9 @@ class KVCache:
             raise ShapeError(
                 f"cache: expected at most {self.keys.shape[2]} positions, got {end}. Allocate a longer one."
             )
-        if valid is not None:
-            self.valid[:, self.n_seen : end] = valid
-            self.padded = self.padded or not bool(valid.all())
+        # written even without padding: a pass that failed may have left its own here
+        self.valid[:, self.n_seen : end] = True if valid is None else valid
+        self.padded = not bool(self.valid[:, :end].all()) if valid is not None or self.padded else False
 
     def advance(self, n_pos: int) -> None:
         """Count `n_pos` positions as seen, once every layer has stored them."""

@@ -62,9 +62,11 @@ def generate(
     """
     check_tokens(tokens, model.cfg)
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
+    stop_ids = list(model.stop_ids if stop_ids is None else _id_list(stop_ids))
     _check(model, tokens, mask, max_new_tokens, temperature)
-    stops = torch.tensor(list(model.stop_ids if stop_ids is None else stop_ids), dtype=tokens.dtype)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    _check_ids(model, {"stop_ids": stop_ids, "pad_id": [pad_id]})
+    stops = torch.tensor(stop_ids, dtype=tokens.dtype)
+    generator = None if seed is None else torch.Generator().manual_seed(_seed(seed))
     cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
     written, kept = [tokens.cpu()], [mask.cpu()]
     running = torch.ones(tokens.shape[0], dtype=torch.bool)
@@ -90,15 +92,38 @@ def _last_logits(model: Llama, tokens: Tensor, mask: Tensor | None, cache: objec
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:  # [batch]
     if temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.max(-1, keepdim=True).values  # so that dividing by next to nothing leaves a 0
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _id_list(ids: Sequence[int]) -> Sequence[int]:
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise ShapeError(f"stop_ids: expected a list of token ids, got {ids!r}. Write [{ids!r}].")
+    return ids
+
+
+def _check_ids(model: Llama, given: dict[str, Sequence[int]]) -> None:
+    for name, ids in given.items():
+        for token_id in ids:
+            if type(token_id) is not int or not 0 <= token_id < model.cfg.d_vocab:  # a bool is no id
+                raise ShapeError(
+                    f"{name}: expected ids from 0 to {model.cfg.d_vocab - 1}, got {token_id!r}. "
+                    "Use the tokenizer of this checkpoint."
+                )
+
+
+def _seed(seed: int) -> int:
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ShapeError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}.")
+    return seed
 
 
 def _check(model: Llama, tokens: Tensor, mask: Tensor, max_new_tokens: int, temperature: float) -> None:
     check_mask(mask, (tokens.shape[0], tokens.shape[1]))
-    if not 0 <= temperature < math.inf:
-        raise ShapeError(f"temperature: expected 0 or a positive number, got {temperature}.")
-    if max_new_tokens < 1:
-        raise ShapeError(f"max_new_tokens: expected at least 1, got {max_new_tokens}.")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise ShapeError(f"temperature: expected 0 or a positive number, got {temperature!r}.")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ShapeError(f"max_new_tokens: expected at least 1, a whole number, got {max_new_tokens!r}.")
     room = model.cfg.n_ctx - tokens.shape[-1]
     if max_new_tokens > room:
         raise ShapeError(

@@ -117,8 +117,10 @@ def check_tokens(tokens: Tensor, cfg: ModelConfig) -> None:
         raise ShapeError(
             f"tokens: expected a tensor [batch pos], got {type(tokens).__name__}. Use torch.tensor([ids])."
         )
-    if tokens.ndim != 2 or 0 in tokens.shape or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ShapeError(f"tokens: expected integers [batch pos], got {tuple(tokens.shape)} {tokens.dtype}.")
+    if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int32, torch.int64):
+        raise ShapeError(
+            f"tokens: expected integers [batch pos], int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}."
+        )
     # a range check on a GPU tensor would wait for the device; tokens come from the host in practice
     if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < cfg.d_vocab:
         raise ShapeError(

@@ -149,7 +149,7 @@ class Llama(HookedModel):
 
     def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
         first, last = start or 0, self.cfg.n_layers if stop is None else stop
-        if not 0 <= first <= last <= self.cfg.n_layers:
+        if {type(first), type(last)} != {int} or not 0 <= first <= last <= self.cfg.n_layers:
             raise ShapeError(
                 f"start_at_layer, stop_at_layer: expected 0 <= start <= stop <= {self.cfg.n_layers}, "
                 f"got {start}, {stop}."
@@ -162,7 +162,9 @@ class Llama(HookedModel):
                 f"start_at_layer: expected a residual stream [batch pos {self.cfg.d_model}] {self.dtype}, "
                 f"got {tuple(x.shape)} {x.dtype}. Pass what stop_at_layer returned."
             )
-        return x.to(self.device)
+        x = x.to(self.device)
+        # a hook may edit in place, and this is the caller's tensor
+        return x.clone() if any(point.listened for point in self.hook_dict.values()) else x
 
     def _frame(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Frame:
         """Positions, rotary angles and masks of this pass; with a cache it continues where the cache ends."""

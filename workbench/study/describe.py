@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import workbench
 from workbench.capture import weights_hash
 from workbench.errors import TokenizerError
 from workbench.hf_config import config_to_hf
+from workbench.io.hub import model_name
 from workbench.io.prompts import Prompt
 from workbench.io.tokens import Tokenizer
 from workbench.models import Llama
@@ -39,7 +39,7 @@ def describe_model(model: Llama, tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides the model's numbers: hashes, sizes, and the code paths that actually run."""
     cfg = model.cfg
     return {
-        "name": Path(model.source).name if model.source else "unnamed",
+        "name": model_name(model.source) if model.source else "unnamed",
         "architecture": cfg.model_type,
         "n_params": cfg.n_params,
         "n_layers": cfg.n_layers,

@@ -228,7 +228,8 @@ def test_a_bpe_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_files_that_would_give_wrong_ids_are_refused(tmp_path: Path) -> None:
-    no_fallback, renamed, no_byte, no_prefix = small_spec(), small_spec(), small_spec(), small_spec()
+    no_fallback, renamed, no_byte, no_prefix, gap = (small_spec() for _ in range(5))
+    gap["added_tokens"].append({**gap["added_tokens"][0], "id": 99_999, "content": "<|far|>"})
     no_fallback["model"]["byte_fallback"] = False
     renamed["added_tokens"][11]["content"] = "</s>"
     no_byte["model"]["vocab"][16][0] = "zero"
@@ -238,6 +239,7 @@ def test_files_that_would_give_wrong_ids_are_refused(tmp_path: Path) -> None:
         (renamed, r"expected id 11 to be <\|end\|>, got '<\|end\|>' in the vocabulary and '</s>'"),
         (no_byte, f"got none for {BYTE_NAMES[0]}"),
         (no_prefix, "expected a normalizer"),
+        (gap, "ids that follow the .* pieces without a gap, got 99999"),
         ({"model": {}}, "expected the JSON of a tokenizer.json"),
         ({"model": []}, "expected the JSON of a tokenizer.json"),
         ([], "expected the JSON of a tokenizer.json"),

@@ -302,6 +302,44 @@ def test_saving_replaces_nothing_else(moe: Llama, tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+def test_a_checkpoint_with_something_else_beside_it_is_not_replaced(moe: Llama, one_file: Path) -> None:
+    (one_file / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="expected a new directory or an earlier checkpoint"):
+        save_model(moe, one_file)
+    (one_file / "thesis.txt").unlink()
+    (one_file / "notes").mkdir()
+    with pytest.raises(CheckpointError, match="expected a new directory or an earlier checkpoint"):
+        save_model(moe, one_file)
+    assert_same_weights(moe, load_model(one_file))
+
+
+def test_a_save_that_fails_between_its_two_renames_puts_the_earlier_checkpoint_back(
+    moe: Llama, one_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def second_fails(source: Path, target: Path) -> Path:
+        if source.suffix == ".new":
+            raise OSError("on purpose")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(OSError, match="on purpose"):
+        save_model(moe, one_file)
+    assert_same_weights(moe, load_model(one_file))
+    assert [entry.name for entry in one_file.parent.iterdir()] == [one_file.name]
+
+
+def test_a_place_that_cannot_be_written_is_named(moe: Llama, one_file: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected a place to write"):
+        save_model(moe, one_file / "config.json" / "child")
+
+
+def test_a_skeleton_is_not_a_loaded_model(one_file: Path) -> None:
+    with pytest.raises(CheckpointError, match="device: expected one that holds weights, got 'meta'"):
+        load_model(one_file, device="meta")
+
+
 def test_a_failed_save_leaves_the_earlier_checkpoint(
     moe: Llama, one_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,7 @@ def test_prompts_that_are_none_are_named(llama: Llama, tokens: Tensor) -> None:
     [
         ({"temperature": -1.0}, "temperature: expected 0 or a positive number, got -1.0"),
         ({"temperature": float("nan")}, "temperature: expected 0 or a positive number, got nan"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, a whole number, got 0"),
         ({"max_new_tokens": 58}, "max_new_tokens: expected at most 57 after a prompt of 7"),
         (
             {"max_new_tokens": 5, "attention_mask": torch.tensor([[1] * 7, [1] * 6 + [0]])},
@@ -97,3 +97,29 @@ def test_prompts_that_are_none_are_named(llama: Llama, tokens: Tensor) -> None:
 def test_requests_that_cannot_be_met_are_named(llama: Llama, tokens: Tensor, kwargs: dict, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         llama.generate(tokens, **{"max_new_tokens": 5, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": "hot"}, "temperature: expected 0 or a positive number"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: expected at least 1, a whole number"),
+        ({"seed": "a"}, "seed: expected a whole number"),
+        ({"seed": 2**70}, "seed: expected a whole number"),
+        ({"stop_ids": 2}, "stop_ids: expected a list of token ids"),
+        ({"stop_ids": [2.7]}, "stop_ids: expected ids from 0"),
+        ({"stop_ids": ["<|end|>"]}, "stop_ids: expected ids from 0"),
+        ({"pad_id": -1}, "pad_id: expected ids from 0"),
+        ({"pad_id": 99_999}, "pad_id: expected ids from 0"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(
+    model: Llama, tokens: torch.Tensor, arguments: dict, message: str
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        model.generate(tokens, **{"max_new_tokens": 2, **arguments})
+
+
+def test_a_temperature_next_to_nothing_is_greedy(model: Llama, tokens: torch.Tensor) -> None:
+    cold = model.generate(tokens, max_new_tokens=5, temperature=1e-40, seed=0)
+    assert torch.equal(cold.tokens, model.generate(tokens, max_new_tokens=5).tokens)

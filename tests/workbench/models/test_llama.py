@@ -11,7 +11,7 @@ from conftest import LLAMA
 from torch import Tensor
 
 from workbench.config import RopeConfig
-from workbench.errors import ShapeError
+from workbench.errors import ConfigError, ShapeError
 from workbench.models import Llama, build_model, init_weights
 from workbench.models.layers import rotary_frequencies
 
@@ -161,7 +161,7 @@ def test_linear_rope_stretches_positions() -> None:
     [
         (torch.tensor([[1, 60]]), None, "tokens: expected ids from 0 to 59, got 1 to 60"),
         (torch.tensor([[-1, 3]]), None, "tokens: expected ids from 0 to 59, got -1 to 3"),
-        (torch.tensor([1, 2]), None, r"tokens: expected integers \[batch pos\], got \(2,\)"),
+        (torch.tensor([1, 2]), None, r"tokens: expected integers \[batch pos\], int64 or int32, got \(2,\)"),
         (torch.tensor([[1.0]]), None, "tokens: expected integers"),
         ([[1, 2]], None, r"tokens: expected a tensor \[batch pos\], got list"),
         (torch.ones(1, 0).long(), None, "tokens: expected integers"),
@@ -182,3 +182,35 @@ def test_layers_that_do_not_exist_are_named(llama: Llama, tokens: Tensor) -> Non
         llama(tokens, stop_at_layer=4)
     with pytest.raises(ShapeError, match=r"start_at_layer: expected a residual stream \[batch pos 32\]"):
         llama(tokens, start_at_layer=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.bool, torch.complex64])
+def test_tokens_of_another_dtype_are_refused(model: Llama, tokens: torch.Tensor, dtype: torch.dtype) -> None:
+    with pytest.raises(ShapeError, match="tokens: expected integers"):
+        model(tokens.to(dtype))
+
+
+@pytest.mark.parametrize("layers", [{"stop_at_layer": 1.5}, {"stop_at_layer": "3"}, {"stop_at_layer": True}])
+def test_layers_are_whole_numbers(model: Llama, tokens: torch.Tensor, layers: dict) -> None:
+    with pytest.raises(ShapeError, match="start_at_layer, stop_at_layer: expected"):
+        model(tokens, **layers)
+
+
+def test_a_pass_that_failed_leaves_no_padding_in_the_cache(model: Llama, tokens: torch.Tensor) -> None:
+    def fail(x: torch.Tensor, hook: object) -> None:
+        raise RuntimeError("on purpose")
+
+    mask = torch.ones_like(tokens)
+    mask[:, 0] = 0
+    cache = model.new_cache(2, 16)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model.run_with_hooks(tokens, attention_mask=mask, cache=cache, fwd_hooks=[("hook_embed", fail)])
+        torch.testing.assert_close(model(tokens, cache=cache), model(tokens))
+
+
+def test_a_dense_model_checks_the_names_it_does_not_need() -> None:
+    with pytest.raises(ConfigError, match="moe_impl: expected one of"):
+        build_model(LLAMA, moe_impl="other")
+    with pytest.raises(ConfigError, match="router_dtype: expected one of"):
+        build_model(LLAMA, router_dtype="other")

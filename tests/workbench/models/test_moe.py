@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import QWEN3_MOE
@@ -8,7 +10,7 @@ from torch import Tensor
 from workbench.errors import ConfigError, HookError
 from workbench.hooks import HookPoint
 from workbench.models import Qwen3Moe, build_model, init_weights
-from workbench.models.moe import expert_load
+from workbench.models.moe import Moe, expert_load
 
 ROUTER = "blocks.0.mlp."
 
@@ -90,6 +92,20 @@ def test_prompts_never_leak_into_one_another(moe: Qwen3Moe, tokens: Tensor) -> N
     edited = moe.run_with_hooks(tokens, fwd_hooks=[(f"{ROUTER}hook_router_logits", second_only)])
     assert torch.allclose(edited[0], clean[0], atol=1e-6)
     assert (edited[1] - clean[1]).abs().max() > 0.01
+
+
+def test_exact_ties_go_to_the_lowest_id_among_many_experts() -> None:
+    moe = Moe(dataclasses.replace(QWEN3_MOE, n_experts=128, k=8), "sorted", "float32")
+    probs = (
+        torch.rand(1, 500, 128, generator=torch.Generator().manual_seed(0)).mul(6).floor()
+    )  # six values: mostly ties
+    ids = moe._top_k(probs)
+    expected = sorted(range(128), key=lambda expert: (-float(probs[0, 0, expert]), expert))[:8]
+    assert ids[0, 0].tolist() == expected
+    order = probs.gather(-1, ids)
+    assert bool((order.diff(dim=-1) <= 0).all())
+    tied = order.diff(dim=-1) == 0
+    assert bool((ids.diff(dim=-1)[tied] > 0).all())
 
 
 def test_exact_ties_go_to_the_lowest_id(moe: Qwen3Moe, tokens: Tensor) -> None:

@@ -79,3 +79,9 @@ def test_jackknife_of_the_mean_is_the_standard_error() -> None:
     error = values.std(ddof=1) / np.sqrt(5)
     assert estimate[0] == values.mean()
     assert high[0] - low[0] == pytest.approx(2 * 1.96 * error, rel=1e-4)
+
+
+def test_no_p_value_is_below_what_the_flips_can_show() -> None:
+    differences = np.full((30, 2), 5.0) + np.random.default_rng(0).normal(0, 0.01, (30, 2))
+    _, p = sign_flip_max_t(differences, n_flips=99)
+    assert p == pytest.approx(1 / 100)
