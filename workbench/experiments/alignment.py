@@ -62,8 +62,9 @@ class Alignment:
         )
 
     def frame(self) -> pl.DataFrame:
-        """Every position of both once: first, first_token, second, second_token, kind, label; null where there is none."""
+        """Every position once: first, first_token, second, second_token, kind, label; null where there is none."""
         lone_first, lone_second = self.unaligned
+        rows: list[tuple[int | None, int | None, str, str | None]]
         rows = [(m.first, m.second, m.kind, m.label) for m in self.matches]
         rows += [(pos, None, "unaligned", None) for pos in lone_first]
         rows += [(None, pos, "unaligned", None) for pos in lone_second]

@@ -47,7 +47,7 @@ def expert_controls(
     n_directions: int = 39,
     judged: Sequence[str] | None = None,
     seed: int = 0,
-    rows: int = 128,
+    rows: int | None = None,
 ) -> Result:
     """The effect of patching one expert at one position, against three controls at the same place.
 
@@ -141,8 +141,10 @@ def split_pairs(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return [name for name in names if name in first], [name for name in names if name not in first]
 
 
-def _effects(runs: Runs, layer: int, deltas: Sequence[Tensor], here: Tensor, rows: int) -> Tensor:  # [delta pair]
-    per_pass = max(1, rows // runs.pairs.n_pairs)
+def _effects(
+    runs: Runs, layer: int, deltas: Sequence[Tensor], here: Tensor, rows: int | None
+) -> Tensor:  # [delta pair]
+    per_pass = runs.per_pass(rows)
     values = torch.cat(
         [
             run_deltas(runs, layer, torch.stack(list(chunk)), here.expand(len(chunk), -1))

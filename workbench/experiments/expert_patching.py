@@ -57,7 +57,7 @@ def patch_experts(
     coalitions: Mapping[str, Sequence[int]] | None = None,
     modes: Sequence[str] = MODES,
     direction: str = "denoise",
-    rows: int = 128,
+    rows: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Result:
@@ -101,8 +101,9 @@ def patch_experts(
             pl.col("coalition").cast(pl.String), clean_weight=pl.Series(clean), corrupt_weight=pl.Series(corrupt)
         )
 
-    n_cells = max(1, rows // pairs.n_pairs)
-    return sweep(cells, measure, settings, batch_size=n_cells, out=out, name="expert patching", progress=progress)
+    return sweep(
+        cells, measure, settings, batch_size=runs.per_pass(rows), out=out, name="expert patching", progress=progress
+    )
 
 
 def expert_runs(model: Llama, pairs: Pairs, metric: Metric, direction: str = "denoise") -> Runs:
@@ -114,10 +115,11 @@ def expert_runs(model: Llama, pairs: Pairs, metric: Metric, direction: str = "de
 def run_deltas(runs: Runs, layer: int, deltas: Tensor, places: Tensor) -> Tensor:
     """Add each delta [cell pair d_model] to the target's MLP output at its column [cell pair]: metric [cell pair]."""
     n_cells, n_pairs = places.shape
-    x = runs.resid[layer + 1].repeat(n_cells, 1, 1)  # [(cell pair) pos d_model]
+    first = runs.start(places)
+    x = runs.resid[layer + 1][:, first:].repeat(n_cells, 1, 1)  # [(cell pair) pos d_model]
     rows = torch.arange(n_cells * n_pairs, device=x.device)
-    x[rows, places.flatten()] += deltas.flatten(0, 1).to(x.dtype)
-    return runs.continue_from(layer + 1, x)
+    x[rows, places.flatten() - first] += deltas.flatten(0, 1).to(x.dtype)
+    return runs.continue_from(layer + 1, x, first)
 
 
 def _cells(

@@ -15,9 +15,11 @@ from workbench.capture import weights_hash
 from workbench.errors import ShapeError
 from workbench.experiments.metrics import Metric, TokenMetric, metric_name, score_rows
 from workbench.models import Llama
+from workbench.models.cache import Prefix
 from workbench.models.layers import check_mask, check_tokens
 
 DIRECTIONS = ("denoise", "noise")
+_KEYS = ("attn.hook_rot_k", "attn.hook_v")  # what later positions read of the target's earlier ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ class Pairs:
         """The same pairs with one of their positions. Raises ShapeError when there is no such position."""
         if pos not in self.columns():
             raise ShapeError(f"pos: expected one of {', '.join(map(str, self.columns()))}, got {pos!r}.")
-        places = [pos] * self.n_pairs if self.positions is None else self.positions[pos]
+        places: Any = [pos] * self.n_pairs if self.positions is None else self.positions[pos]
         return replace(self, positions={pos: places})
 
     def _columns(self, label: str, places: Sequence[int | tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -110,7 +112,7 @@ class Runs:
         self.model, self.pairs, self.metric, self.direction = model, pairs, metric, direction
         source, target = (pairs.clean, pairs.corrupt) if direction == "denoise" else (pairs.corrupt, pairs.clean)
         self.source, source_end = self._run(source, points)
-        self.target, target_end = self._run(target, {"hook_resid_pre", *(points if both else ())})
+        self.target, target_end = self._run(target, {"hook_resid_pre", *_KEYS, *(points if both else ())})
         self.resid = [self.target[f"blocks.{layer}.hook_resid_pre"] for layer in range(model.cfg.n_layers)]
         self.resid.append(target_end)
         scores = [self.score(end)[0] for end in (source_end, target_end)]
@@ -131,22 +133,45 @@ class Runs:
         clean, corrupt = (place.to(self.model.device) for place in places)
         return (clean, corrupt) if self.direction == "denoise" else (corrupt, clean)
 
-    def continue_from(self, layer: int, x: Tensor, hooks: Sequence[tuple[str, Any]] = ()) -> Tensor:
-        """Run x [(cell pair) pos d_model] from `layer` on; returns the metric [cell pair]."""
-        mask = self.pairs.attention_mask
-        if mask is not None:
-            mask = mask.repeat(x.shape[0] // self.pairs.n_pairs, 1)
-        n_layers = self.model.cfg.n_layers
-        end = self.model.run_with_hooks(
-            x, attention_mask=mask, start_at_layer=layer, stop_at_layer=n_layers, fwd_hooks=hooks
-        )
-        return self.score(end)
+    def start(self, columns: Tensor) -> int:
+        """The first column that a pass must compute when nothing before `columns` is patched: earlier ones are causal.
 
-    def score(self, end: Tensor) -> Tensor:  # [(cell pair) pos d_model] -> [cell pair]
+        A metric that may look anywhere gets all columns.
+        """
+        if not isinstance(self.metric, TokenMetric):
+            return 0
+        return min(int(columns.min()), self.metric.pos % self.pairs.n_pos)
+
+    def continue_from(self, layer: int, x: Tensor, first: int = 0, hooks: Sequence[tuple[str, Any]] = ()) -> Tensor:
+        """Run x [(cell pair) pos d_model], columns `first` and later, from `layer` on; the metric [cell pair]."""
+        n_cells, mask = x.shape[0] // self.pairs.n_pairs, self.pairs.attention_mask
+        prefix = self._prefix(first, n_cells) if first else None
+        end = self.model.run_with_hooks(
+            x, attention_mask=None if mask is None else mask[:, first:].repeat(n_cells, 1), cache=prefix,
+            start_at_layer=layer, stop_at_layer=self.model.cfg.n_layers, fwd_hooks=hooks,
+        )  # fmt: skip
+        return self.score(end, first)
+
+    def _prefix(self, first: int, n_cells: int) -> Prefix:
+        keys, values = (
+            [
+                self.target[f"blocks.{layer}.{point}"][:, :first].repeat(n_cells, 1, 1, 1)
+                for layer in range(self.model.cfg.n_layers)
+            ]
+            for point in _KEYS
+        )
+        mask = self.pairs.attention_mask
+        valid = None if mask is None else mask[:, :first].bool().repeat(n_cells, 1).to(self.model.device)
+        return Prefix(keys, values, valid)
+
+    def score(self, end: Tensor, first: int = 0) -> Tensor:  # [(cell pair) pos d_model] -> [cell pair]
         """The metric, which sees the pairs of one cell at a time; only the positions it reads are unembedded."""
-        read = end[:, self.metric.pos, None] if isinstance(self.metric, TokenMetric) else end
+        metric = self.metric
+        if isinstance(metric, TokenMetric):
+            read, score = end[:, metric.pos % self.pairs.n_pos - first, None], lambda x: metric.score(x[:, 0])
+        else:
+            read, score = end, metric
         logits = self.model.unembed(self.model.ln_final(read))
-        score = (lambda x: self.metric.score(x[:, 0])) if isinstance(self.metric, TokenMetric) else self.metric
         return torch.stack([score_rows(score, part) for part in logits.split(self.pairs.n_pairs)]).float().cpu()
 
     def frame(self, cells: Sequence[Any], values: Tensor) -> pl.DataFrame:  # [cell pair]
@@ -162,6 +187,13 @@ class Runs:
             {**axes, "pair": names * len(cells), "value": values.flatten().numpy(),
              "recovered": recovered.flatten().numpy()}, schema_overrides=schema,
         )  # fmt: skip
+
+    def per_pass(self, rows: int | None) -> int:
+        """How many cells run together: `rows` sequences' worth, by default what keeps the device busy and no more."""
+        if rows is None:
+            n_tokens = 2048 if self.model.device.type == "cpu" else 32768
+            rows = n_tokens // self.pairs.n_pos
+        return max(1, rows // self.pairs.n_pairs)
 
     def describe(self) -> dict[str, Any]:
         """What decides the result besides the cells; the metric is known by its name and its values."""

@@ -58,7 +58,7 @@ def patch(
     layers: Sequence[int] | None = None,
     all_positions: bool = False,
     direction: str = "denoise",
-    rows: int = 128,
+    rows: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Result:
@@ -69,8 +69,9 @@ def patch(
     without heads), `pos` (number or label), `pair`, `value` of the metric and `recovered`, which is 0 at the corrupt
     and 1 at the clean run's value, in both directions. `result.mean("recovered", by=[...])` adds intervals over pairs.
 
-    all_positions: patch a component at all positions at once. rows: how many sequences run together. out: a directory
-    that a killed sweep continues from. Raises ShapeError when the metric does not tell clean from corrupt.
+    all_positions: patch a component at all positions at once. rows: how many sequences run together; by default chosen
+    by their length and the device. out: a directory that a killed sweep continues from. Raises ShapeError when the
+    metric does not tell clean from corrupt.
     """
     names = [components] if isinstance(components, str) else list(components)
     columns = {ALL: None} if all_positions else pairs.columns()
@@ -86,15 +87,15 @@ def patch(
         values = torch.cat([_run_cells(runs, group, columns) for group in groups])  # [cell pair]
         return runs.frame(batch, values)
 
+    batch_size = runs.per_pass(rows)
+    result = sweep(cells, measure, settings, batch_size=batch_size, out=out, name="patching", progress=progress)
     order = {name: place for place, name in enumerate(names)}
-    n_cells = max(1, rows // pairs.n_pairs)
-    result = sweep(cells, measure, settings, batch_size=n_cells, out=out, name="patching", progress=progress)
-    sorted_frame = result.frame.sort(pl.col("component").replace_strict(order), "layer", maintain_order=True)
+    sorted_frame = result.frame.sort(pl.col("component").replace_strict(order), "layer", "head", maintain_order=True)
     return Result(sorted_frame, result.settings)
 
 
 def _cells(model: Llama, names: Sequence[str], layers: Sequence[int] | None, labels: Sequence[Any]) -> Iterator[Cell]:
-    """Layer by layer, so that what runs together starts at one layer."""
+    """Layer by layer and position by position, so that what runs together starts late in both."""
     unknown = [name for name in names if name not in COMPONENTS]
     if unknown or not names:
         raise ShapeError(f"components: expected some of {', '.join(COMPONENTS)}, got {', '.join(unknown) or 'none'}.")
@@ -102,9 +103,10 @@ def _cells(model: Llama, names: Sequence[str], layers: Sequence[int] | None, lab
     for layer in chosen:
         if not 0 <= layer < model.cfg.n_layers:
             raise ShapeError(f"layers: expected 0 to {model.cfg.n_layers - 1}, got {layer}.")
-        for name in names:
-            heads = range(getattr(model.cfg, _HEADS[name])) if name in _HEADS else (None,)
-            yield from (Cell(name, layer, head, label) for head in heads for label in labels)
+        for label in labels:
+            for name in names:
+                heads = range(getattr(model.cfg, _HEADS[name])) if name in _HEADS else (None,)
+                yield from (Cell(name, layer, head, label) for head in heads)
 
 
 def _run_cells(runs: Runs, cells: Sequence[Cell], columns: Mapping[Any, Any]) -> Tensor:  # [cell pair]
@@ -113,41 +115,44 @@ def _run_cells(runs: Runs, cells: Sequence[Cell], columns: Mapping[Any, Any]) ->
     by_start: dict[int, list[int]] = {}
     for place, cell in enumerate(cells):
         by_start.setdefault(cell.layer + (cell.component == "resid_post"), []).append(place)
+    here = {label: runs.columns(places) for label, places in columns.items() if places is not None}
     for start, places in by_start.items():
         chosen = [cells[place] for place in places]
-        x = runs.resid[start].repeat(len(chosen), 1, 1)  # [(cell pair) pos d_model]
+        first = 0 if ALL in columns else runs.start(torch.stack([here[cell.pos][1] for cell in chosen]))
+        x = runs.resid[start][:, first:].repeat(len(chosen), 1, 1)  # [(cell pair) pos d_model]
         hooks = []
         for component in dict.fromkeys(cell.component for cell in chosen):
-            edit = _Edit(runs, component, chosen, columns)
+            edit = _Edit(runs, component, chosen, here, first)
             if component in ("resid_pre", "resid_post"):
                 x = edit(x)
             else:
                 hooks.append((f"blocks.{start}.{COMPONENTS[component]}", edit))
-        values[places] = runs.continue_from(start, x, hooks)
+        values[places] = runs.continue_from(start, x, first, hooks)
     return values
 
 
 class _Edit:
     """Puts the source's activation of one component into each cell's own rows, heads and columns."""
 
-    def __init__(self, runs: Runs, component: str, cells: Sequence[Cell], columns: Mapping[Any, Any]) -> None:
+    def __init__(
+        self, runs: Runs, component: str, cells: Sequence[Cell], columns: Mapping[Any, tuple[Tensor, Tensor]],
+        first: int,
+    ) -> None:  # fmt: skip
         self.n_pairs, self.device = runs.pairs.n_pairs, runs.model.device
-        name = f"blocks.{cells[0].layer}.{COMPONENTS[component]}"
-        self.source = runs.source[name]  # [pair pos ...]
+        self.source = runs.source[f"blocks.{cells[0].layer}.{COMPONENTS[component]}"]  # [pair pos ...]
         self.mine = [(place, cell) for place, cell in enumerate(cells) if cell.component == component]
-        self.columns = {label: runs.columns(places) for label, places in columns.items() if places is not None}
+        self.columns, self.first = columns, first
 
     def __call__(self, x: Tensor, hook: HookPoint | None = None) -> Tensor:  # [(cell pair) pos ...]
         x = x.clone()
         pair = torch.arange(self.n_pairs, device=self.device)
         for place, cell in self.mine:
-            rows = slice(place * self.n_pairs, (place + 1) * self.n_pairs)
-            part, new = x[rows], self.source
+            part, new = x[place * self.n_pairs : (place + 1) * self.n_pairs], self.source
             if cell.head is not None:
                 part, new = part[:, :, cell.head], new[:, :, cell.head]
             if cell.pos == ALL:
                 part.copy_(new)
             else:
                 there, here = self.columns[cell.pos]
-                part[pair, here] = new[pair, there]
+                part[pair, here - self.first] = new[pair, there]
         return x

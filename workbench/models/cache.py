@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,29 @@ class KVCache:
     def advance(self, n_pos: int) -> None:
         """Count `n_pos` positions as seen, once every layer has stored them."""
         self.n_seen += n_pos
+
+
+class Prefix(KVCache):
+    """Keys and values of earlier positions, known for every layer: a pass over what follows may start at any layer.
+
+    keys, values: for each layer [batch pos kv_head d_head]; valid: [batch pos], False at padding, or None. Passes add
+    nothing to it, so one prefix serves many.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], valid: Tensor | None) -> None:
+        self.known = list(zip(keys, values, strict=True))
+        self.before = valid
+        self.padded = valid is not None
+        self.n_seen = keys[0].shape[1]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.known[layer]
+        return torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
+
+    def admit(self, batch: int, n_pos: int, valid: Tensor | None) -> None:
+        if self.before is not None:
+            now = torch.ones(batch, n_pos, dtype=torch.bool, device=self.before.device) if valid is None else valid
+            self.valid = torch.cat([self.before, now], dim=1)
+
+    def advance(self, n_pos: int) -> None:
+        """Nothing is kept."""

@@ -16,7 +16,7 @@ from workbench.interventions.base import Intervention
 from workbench.interventions.session import Interventions, as_interventions
 from workbench.interventions.where import Batch
 from workbench.models.attention import ATTENTION_IMPLEMENTATIONS, Attention
-from workbench.models.cache import KVCache
+from workbench.models.cache import KVCache, Prefix
 from workbench.models.layers import (
     Frame,
     RMSNorm,
@@ -98,7 +98,8 @@ class Llama(HookedModel):
             x = self.embed(tokens.to(self.device))  # [batch pos d_model]
         else:
             x = self._residual(tokens)
-        if cache is not None and (last - first < self.cfg.n_layers or x.requires_grad):
+        partial = last - first < self.cfg.n_layers or x.requires_grad
+        if cache is not None and partial and not isinstance(cache, Prefix):
             raise ShapeError(
                 "cache: expected a run through all layers under torch.no_grad(), got a part of them or gradients. "
                 "Leave start_at_layer and stop_at_layer out, or the cache."
