@@ -40,6 +40,13 @@ class HookPoint(nn.Module):
         self.watchers: list[Callable[[], bool]] = []
 
     @property
+    def may_change(self) -> bool:
+        """Whether a listener could replace or edit the tensor; functions marked by `only_looks` never do."""
+        others = self.bwd_hooks or self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
+        looking = self.fwd_hooks and all(getattr(fn, "only_looks", False) for fn in self.fwd_hooks)
+        return self.listened and not (looking and not others and not self._backward_pre_hooks and not self.watchers)
+
+    @property
     def listened(self) -> bool:
         """Whether anything listens here: our hooks, torch's own, or a watcher that wants this pass."""
         return bool(
@@ -119,6 +126,12 @@ class HookPoint(nn.Module):
         x = x.view_as(x)
         x.register_hook(on_gradient)
         return x
+
+
+def only_looks(fn: HookFn) -> HookFn:
+    """Mark a hook that neither edits nor replaces what it sees, so that nothing has to be checked after it."""
+    fn.only_looks = True  # type: ignore[attr-defined]
+    return fn
 
 
 class HookRow(NamedTuple):

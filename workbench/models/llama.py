@@ -129,9 +129,9 @@ class Llama(HookedModel):
             )
         return torch.tensor(rows)
 
-    def new_cache(self, batch: int, n_ctx: int) -> KVCache:
+    def new_cache(self, batch: int, n_ctx: int, growing: bool = False) -> KVCache:
         """An empty cache for `n_ctx` positions of `batch` sequences, to pass as `cache=` to successive calls."""
-        return KVCache(self.cfg, batch, n_ctx, self.dtype, self.device)
+        return KVCache(self.cfg, batch, n_ctx, self.dtype, self.device, growing)
 
     @contextmanager
     def intervene(self, interventions: Interventions | Intervention | Sequence[Intervention]) -> Iterator[Llama]:
