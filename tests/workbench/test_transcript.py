@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.axes import ROUTING_COLUMNS
 from workbench.capture import capture_routing
+from workbench.chat import render
 from workbench.errors import ConfigError, HookError, ShapeError
 from workbench.hooks import HookPoint
 from workbench.interventions import KnockOut, Where
@@ -20,8 +21,8 @@ from workbench.models.recording import open_record
 from workbench.transcript import rows_of
 
 PROMPTS = [
-    "<|start|>user<|message|>2足す3はいくつですか。<|end|><|start|>assistant",
-    "<|start|>user<|message|>Why is the sea blue?<|end|><|start|>assistant",
+    render([{"role": "user", "content": "2足す3はいくつですか。"}], date="2026-04-03"),
+    render([{"role": "user", "content": "What is 4 plus 1?"}], date="2026-04-03", effort="low"),
     "海は",
 ]
 POINTS = ["blocks.3.hook_resid_post", "router_logits", "attn.hook_z", "mlp.hook_expert_out"]
@@ -42,7 +43,7 @@ def prompts(nano: Llama) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def written(nano: Llama, prompts: tuple[Tensor, Tensor]) -> Generation:
-    return nano.generate(*prompts, max_new_tokens=60, record=["routing", *POINTS])
+    return nano.generate(*prompts, max_new_tokens=80, record=["routing", *POINTS])
 
 
 def test_the_rows_end_at_different_steps(written: Generation) -> None:
@@ -52,7 +53,7 @@ def test_the_rows_end_at_different_steps(written: Generation) -> None:
 
 
 def test_recording_changes_no_token(nano: Llama, prompts: tuple[Tensor, Tensor], written: Generation) -> None:
-    assert torch.equal(nano.generate(*prompts, max_new_tokens=60).tokens, written.tokens)
+    assert torch.equal(nano.generate(*prompts, max_new_tokens=80).tokens, written.tokens)
 
 
 def test_routing_equals_a_pass_over_the_whole_sequences(nano: Llama, written: Generation) -> None:
@@ -90,18 +91,18 @@ def test_tokens_carry_phase_position_and_segment(written: Generation) -> None:
     assert first["pos"].to_list() == list(range(len(first)))
     decoded = first.filter(pl.col("phase") == "decode")
     assert decoded["token_id"].to_list() == written.continuations()[0]
-    assert {"user", "analysis", "final", "control"} <= set(first["segment"])
-    assert set(first.filter(pl.col("phase") == "prefill")["segment"]) == {"user", "control"}
+    assert set(decoded["segment"]) == {"analysis", "final", "control"}
+    assert set(first.filter(pl.col("phase") == "prefill")["segment"]) == {"system", "user", "control"}
     joined = written.routing().join(frame, on=["doc_id", "pos"])
     assert len(joined) == len(written.routing())
-    assert [message.channel for message in written.messages()[0]] == [None, "analysis", "final"]
+    assert [message.channel for message in written.messages()[0]] == [None, None, "analysis", "final"]
 
 
 def test_a_record_on_disk_is_the_one_in_memory(
     nano: Llama, prompts: tuple[Tensor, Tensor], written: Generation, tmp_path: Path
 ) -> None:
     record = ["routing", *POINTS]
-    out = nano.generate(*prompts, max_new_tokens=60, record=record, record_to=tmp_path / "here", prefill_chunk=7)
+    out = nano.generate(*prompts, max_new_tokens=80, record=record, record_to=tmp_path / "here", prefill_chunk=7)
     assert torch.equal(out.tokens, written.tokens)
     assert out.routing().select("expert_ids").equals(written.routing().select("expert_ids"))
     again = open_record(tmp_path / "here")
@@ -116,7 +117,7 @@ def test_a_record_on_disk_is_the_one_in_memory(
 
 
 def test_what_is_recorded_is_the_outcome_of_interventions(nano: Llama, prompts: tuple[Tensor, Tensor]) -> None:
-    gone = KnockOut(experts=((0, 3), (1, 5)), mode="renormalise", where=Where(phase="decode"))
+    gone = KnockOut(experts=(3,), mode="reroute", where=Where(layers=(0,), phase="decode"))
     out = nano.generate(*prompts, max_new_tokens=12, record=["routing"], interventions=[gone])
     used = out.routing().join(out.token_frame(), on=["doc_id", "pos"]).explode("expert_ids")
     in_phase = dict(used.filter((pl.col("layer") == 0) & (pl.col("expert_ids") == 3)).group_by("phase").len().iter_rows())

@@ -192,8 +192,9 @@ class Llama(HookedModel):
             positions = (seen.cumsum(1) - 1).clamp(min=0)[:, n_past:]  # [batch pos], counted over tokens only
             mask = attend_mask(seen, n_pos)
         frequencies = rotary_frequencies(self.cfg.rope, self.cfg.d_head, x.device)
-        angles = (positions[..., None] * frequencies).repeat(1, 1, 2)  # [batch pos d_head]
-        return Frame(angles.cos().to(x.dtype), angles.sin().to(x.dtype), mask, valid, positions)
+        angles = positions[:, :, None, None] * frequencies  # [batch pos 1 d_head/2]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        return Frame(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), mask, valid, positions)
 
 
 class Block(nn.Module):

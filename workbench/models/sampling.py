@@ -75,8 +75,8 @@ class Sampler:
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:  # [batch d_vocab] -> float64 [batch d_vocab]
     """What is sampled from at temperature > 0: zeros where top_k or top_p leave a token out, rows sum to 1."""
-    logits = logits - logits.max(-1, keepdim=True).values  # so that dividing by next to nothing leaves a 0
-    scaled = logits.double() / sampling.temperature
+    wide = logits.double()
+    scaled = (wide - wide.max(-1, keepdim=True).values) / sampling.temperature  # a temperature next to 0 leaves a 0
     if 0 < sampling.top_k < scaled.shape[-1]:
         least = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from workbench.chat import render
 from workbench.errors import ConfigError, ShapeError
 from workbench.interventions import AddVector, Where
 from workbench.io.tokens import Tokenizer
@@ -102,7 +103,7 @@ def test_a_stop_string_ends_its_row_wherever_tokens_begin(nano: Llama, tokenizer
     assert stop not in tokenizer.to_string(ids[:-1], text_start=False)
 
 
-PROMPT = "<|start|>user<|message|>2足す3はいくつですか。<|end|><|start|>assistant"
+PROMPT = render([{"role": "user", "content": "2足す3はいくつですか。"}], date="2026-04-03")
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5])
@@ -114,7 +115,7 @@ def test_a_thinking_budget_closes_the_analysis_and_opens_the_answer(
     thought = next(message for message in free if message.channel == "analysis")
     assert len(thought.content_span) > limit, "the model thinks for longer when left alone"
     out = nano.generate(tokens, max_new_tokens=120, max_thinking_tokens=limit)
-    messages = out.messages()[0][1:]
+    messages = out.messages()[0][2:]
     assert [(message.channel, message.end) for message in messages][0] == ("analysis", "end")
     assert len(messages[0].content_span) == limit
     assert messages[1].channel == "final"
