@@ -136,7 +136,7 @@ def _work(cfg: ModelConfig, batch: int, context: int, chunk: int, size: int) -> 
     """Residual stream and its copies, attention with a mask, one MLP, and the logits of the last column."""
     columns = batch * chunk
     attention = 2 * batch * context * cfg.n_heads * cfg.d_head * size  # keys and values, repeated for every head
-    attention += batch * chunk * context * (1 + size)  # the mask, as bool and as it is added to scores
+    attention += batch * chunk * context * (4 + size)  # the mask: bools while it is made, then added to scores
     slots = columns * getattr(cfg, "k", 1)
     widest = max(cfg.d_mlp if not all(getattr(cfg, "sparse_layers", (False,))) else 0, getattr(cfg, "d_expert", 0))
     mlp = slots * (3 * widest + 2 * cfg.d_model) * size
