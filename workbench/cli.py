@@ -106,7 +106,13 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="name or directory; of a released model nothing is downloaded")
     add("--context", type=int, required=True, metavar="N", help="positions, prompt and continuation together")
     add("--batch-size", type=int, default=1, metavar="N", help="rows (default: %(default)s)")
-    add("--prefill-chunk", type=int, default=512, metavar="N", help="columns of the prompt a pass (default: %(default)s)")
+    add(
+        "--prefill-chunk",
+        type=int,
+        default=512,
+        metavar="N",
+        help="columns of the prompt a pass (default: %(default)s)",
+    )
     add("--record", type=_names, default=(), metavar="LIST", help="routing and hook points, such as routing,resid_post")
     add("--in-memory", action="store_true", help="keep records in memory instead of files")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")

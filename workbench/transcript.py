@@ -55,7 +55,9 @@ def routing(generation: Generation) -> Routing:
     """What was recorded, at real tokens, row after row. Raises ConfigError when routing was not recorded."""
     record = generation.record
     if not record.routing:
-        raise ConfigError('routing: expected a generation that recorded it, got one that did not. Pass record=["routing"].')
+        raise ConfigError(
+            'routing: expected a generation that recorded it, got one that did not. Pass record=["routing"].'
+        )
     kept = generation.attention_mask.bool()
     values = {name: tensor[kept].numpy() for name, tensor in record.routing.items()}
     return Routing(record.routed_layers, record.n_experts, **values)

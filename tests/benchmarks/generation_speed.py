@@ -46,8 +46,9 @@ def main() -> None:
 
 def mid_size(path: Path) -> Path:
     """A random mixture of 60 million parameters: 8 layers of width 512, 16 experts, 2 per token."""
+    nano = load_model("nano-moe-base", dtype="float32").cfg
     cfg = replace(
-        load_model("nano-moe-base", dtype="float32").cfg, d_model=512, n_layers=8, n_heads=8, n_kv_heads=2, d_head=64, n_experts=16, k=2, d_expert=256,
+        nano, d_model=512, n_layers=8, n_heads=8, n_kv_heads=2, d_head=64, n_experts=16, k=2, d_expert=256,
         d_mlp=512, sparse_layers=(True,) * 8,
     )  # fmt: skip
     return save_model(init_weights(build_model(cfg), seed=0, std=0.05), path)

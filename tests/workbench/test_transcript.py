@@ -61,7 +61,8 @@ def test_routing_equals_a_pass_over_the_whole_sequences(nano: Llama, written: Ge
     names = [f"doc-{row}" for row in range(len(rows))]
     forced = capture_routing(nano, rows)
     expected = forced.frame(
-        [name for name, ids in zip(names, rows, strict=True) for _ in ids], [pos for ids in rows for pos in range(len(ids))]
+        [name for name, ids in zip(names, rows, strict=True) for _ in ids],
+        [pos for ids in rows for pos in range(len(ids))],
     )
     found = written.routing(names)
     assert found.columns == list(ROUTING_COLUMNS)
@@ -120,7 +121,9 @@ def test_what_is_recorded_is_the_outcome_of_interventions(nano: Llama, prompts: 
     gone = KnockOut(experts=(3,), mode="reroute", where=Where(layers=(0,), phase="decode"))
     out = nano.generate(*prompts, max_new_tokens=12, record=["routing"], interventions=[gone])
     used = out.routing().join(out.token_frame(), on=["doc_id", "pos"]).explode("expert_ids")
-    in_phase = dict(used.filter((pl.col("layer") == 0) & (pl.col("expert_ids") == 3)).group_by("phase").len().iter_rows())
+    in_phase = dict(
+        used.filter((pl.col("layer") == 0) & (pl.col("expert_ids") == 3)).group_by("phase").len().iter_rows()
+    )
     assert "decode" not in in_phase
     assert in_phase["prefill"] > 0
 
@@ -158,7 +161,11 @@ def test_hooks_of_the_caller_receive_tensors_that_may_be_trained_on(llama: Llama
     [
         ("routing", HookError, "record: expected a list such as"),
         (["resid_pots"], HookError, "Did you mean"),
-        (["expert_load"], HookError, r"record: expected points with axes batch pos, got blocks\.0\.mlp\.hook_expert_load"),
+        (
+            ["expert_load"],
+            HookError,
+            r"record: expected points with axes batch pos, got blocks\.0\.mlp\.hook_expert_load",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_is_named(
@@ -176,6 +183,6 @@ def test_a_dense_model_has_no_routing(llama: Llama, tokens: Tensor) -> None:
         out.routing()
     with pytest.raises(ConfigError, match="token_frame: expected a model with a tokenizer"):
         out.token_frame()
+    nano_like = Generation(torch.ones(3, 2).long(), torch.ones(3, 2).long(), 1, tokenizer=object())
     with pytest.raises(ShapeError, match="doc_id: expected 3 different names"):
-        nano_like = Generation(torch.ones(3, 2).long(), torch.ones(3, 2).long(), 1, tokenizer=object())
         nano_like.token_frame(["a", "a", "b"])

@@ -74,7 +74,9 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:  # [... d] -> float32 [... 1]
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # over the last axis
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return F.rms_norm(x, weight.shape, weight, eps)  # the same operations in one call; elsewhere it rounds otherwise
+        return F.rms_norm(
+            x, weight.shape, weight, eps
+        )  # the same operations in one call; elsewhere it rounds otherwise
     return weight * (wide(x) * inverse_rms(x, eps)).to(x.dtype)
 
 

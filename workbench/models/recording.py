@@ -34,7 +34,7 @@ class Record:
 
     activations: by hook name [batch pos ...], in the model's dtype. routed_layers, n_experts: of the routing, which is
     empty unless it was asked for. routing: expert_ids (int16) and routing_weights (float32) [batch pos layer k] by
-    descending weight; router_entropy in nats and router_margin [batch pos layer], float32, NaN where there is no margin.
+    descending weight; router_entropy in nats and router_margin [batch pos layer], float32, NaN without a margin.
     """
 
     activations: dict[str, Tensor] = field(default_factory=dict)

@@ -33,10 +33,15 @@ class Sampling:
     seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "0 or a positive number")
+        _check_number(
+            "temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "0 or a positive number"
+        )
         _check_number("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "a number above 0, at most 1")
         _check_number(
-            "repetition_penalty", self.repetition_penalty, 0 < _number(self.repetition_penalty) < math.inf, "a positive number"
+            "repetition_penalty",
+            self.repetition_penalty,
+            0 < _number(self.repetition_penalty) < math.inf,
+            "a positive number",
         )
         if type(self.top_k) is not int or self.top_k < 0:
             raise ShapeError(f"top_k: expected a whole number from 0, got {self.top_k!r}.")
