@@ -7,7 +7,7 @@ keeps references; every FLUSH steps it compacts them, many steps and layers in o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import ConfigError, HookError
-from workbench.hooks import HookPoint, only_looks, unknown_name
+from workbench.hooks import HookFn, HookPoint, only_looks, unknown_name
 
 if TYPE_CHECKING:
     from workbench.models.llama import Llama
@@ -71,7 +71,7 @@ class Recorder:
         with self._model.hooks([(point.name, self._keeper(point)) for point in points]):
             yield
 
-    def _keeper(self, point: HookPoint) -> Callable[..., None]:
+    def _keeper(self, point: HookPoint) -> HookFn:
         held = self._held[point.name] = []
         if self._copies:
             return only_looks(lambda x, hook: held.append(x.detach().clone()))
