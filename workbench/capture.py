@@ -21,6 +21,7 @@ from workbench.config import Qwen3MoeConfig
 from workbench.errors import ConfigError, ShapeError
 from workbench.hooks import HookPoint
 from workbench.models import Llama
+from workbench.models.recording import router_entropy, router_margin
 
 PAD_ID = 4
 SMALL_MODEL = 50_000_000  # parameters
@@ -225,19 +226,6 @@ class _RouterReader:
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.found[name].append(values.cpu().numpy())
-
-
-def router_entropy(logits: Tensor) -> Tensor:  # [... expert] -> [...]
-    """Entropy in nats of the softmax over all experts."""
-    return torch.special.entr(logits.softmax(-1)).sum(-1)  # 0 ln 0 is 0: a knocked-out expert's logit is -inf
-
-
-def router_margin(logits: Tensor, k: int) -> Tensor:  # [... expert] -> [...]
-    """The k-th largest logit minus the next; NaN when there is no next that could be chosen."""
-    if k == logits.shape[-1]:
-        return torch.full(logits.shape[:-1], torch.nan)
-    top = logits.topk(k + 1, dim=-1).values
-    return (top[..., k - 1] - top[..., k]).where(top[..., k] > -torch.inf, torch.nan)
 
 
 @contextmanager

@@ -103,6 +103,24 @@ def params(arguments: argparse.Namespace) -> None:
     print(params_table(arguments.name, member.config))
 
 
+def memory(arguments: argparse.Namespace) -> None:
+    """Print what a generation needs; refuse what does not fit."""
+    from workbench.memory import DTYPES, GIB, available_memory, config_of, predict
+
+    needed = predict(
+        config_of(arguments.model),
+        arguments.context,
+        dtype=DTYPES[arguments.dtype],
+        batch=arguments.batch_size,
+        chunk=arguments.prefill_chunk,
+        record=arguments.record,
+        records_on_disk=not arguments.in_memory,
+    )
+    print(needed.table(arguments.model))
+    given = arguments.available
+    needed.check(int(given * GIB) if given is not None else available_memory(arguments.device), arguments.device)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="workbench", description="Interpretability workbench for LLM-jp-4.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -115,7 +133,28 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("params", help="print the parameter table of a released model")
     table.add_argument("name", metavar="NAME")
     table.set_defaults(run=params)
+    _add_memory(commands.add_parser("memory", help="what a long generation needs: weights, cache, records"))
     return parser
+
+
+def _add_memory(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", metavar="MODEL", help="name or directory; of a released model nothing is downloaded")
+    add("--context", type=int, required=True, metavar="N", help="positions, prompt and continuation together")
+    add("--batch-size", type=int, default=1, metavar="N", help="rows (default: %(default)s)")
+    add(
+        "--prefill-chunk",
+        type=int,
+        default=512,
+        metavar="N",
+        help="columns of the prompt a pass (default: %(default)s)",
+    )
+    add("--record", type=_names, default=(), metavar="LIST", help="routing and hook points, such as routing,resid_post")
+    add("--in-memory", action="store_true", help="keep records in memory instead of files")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    add("--device", default="cpu", help="whose free memory counts: cpu, cuda ... (default: %(default)s)")
+    add("--available", type=float, metavar="GIB", help="memory to plan for instead of what is free now")
+    command.set_defaults(run=memory)
 
 
 def _add_study(command: argparse.ArgumentParser) -> None:

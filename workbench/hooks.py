@@ -38,19 +38,23 @@ class HookPoint(nn.Module):
         self.bwd_hooks: list[HookFn] = []
         # asked at each pass, for frameworks that wrap `forward` and decide while the model runs whether to look
         self.watchers: list[Callable[[], bool]] = []
+        # together, since an idle point is asked at every pass
+        self._listeners = (
+            self.fwd_hooks, self.bwd_hooks, self._forward_hooks, self._forward_pre_hooks,
+            self._backward_hooks, self._backward_pre_hooks,
+        )  # fmt: skip
+
+    @property
+    def may_change(self) -> bool:
+        """Whether a listener could replace or edit the tensor; functions marked by `only_looks` never do."""
+        others = self.bwd_hooks or self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
+        looking = self.fwd_hooks and all(getattr(fn, "only_looks", False) for fn in self.fwd_hooks)
+        return self.listened and not (looking and not others and not self._backward_pre_hooks and not self.watchers)
 
     @property
     def listened(self) -> bool:
         """Whether anything listens here: our hooks, torch's own, or a watcher that wants this pass."""
-        return bool(
-            self.fwd_hooks
-            or self.bwd_hooks
-            or self._forward_hooks
-            or self._forward_pre_hooks
-            or self._backward_hooks
-            or self._backward_pre_hooks
-            or (self.watchers and any(wants() for wants in self.watchers))
-        )
+        return any(self._listeners) or (bool(self.watchers) and any(wants() for wants in self.watchers))
 
     def layer(self) -> int:
         """The layer in this point's name. Raises HookError at points outside the blocks."""
@@ -119,6 +123,12 @@ class HookPoint(nn.Module):
         x = x.view_as(x)
         x.register_hook(on_gradient)
         return x
+
+
+def only_looks(fn: HookFn) -> HookFn:
+    """Mark a hook that neither edits nor replaces what it sees, so that nothing has to be checked after it."""
+    fn.only_looks = True  # type: ignore[attr-defined]
+    return fn
 
 
 class HookRow(NamedTuple):
@@ -199,6 +209,9 @@ class HookedModel(nn.Module):
             if isinstance(module, HookPoint):
                 module.name = name
                 self.hook_dict[name] = module
+                owner, _, leaf = name.rpartition(".")
+                # found at once, where nn.Module looks for submodules only after everything else
+                self.get_submodule(owner).__dict__[leaf] = module
 
     def hook_table(self) -> list[HookRow]:
         """All hook points in order of execution within each module; `pl.DataFrame(model.hook_table())` is a table."""

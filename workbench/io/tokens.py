@@ -121,6 +121,10 @@ class Tokenizer:
             return [self._decode(row, skip_special, text_start) for row in rows]
         return self._decode(rows, skip_special, text_start)
 
+    def stream(self, *, text_start: bool = True) -> StreamDecoder:
+        """A decoder that takes ids one at a time and never returns half a character."""
+        return StreamDecoder(self, text_start=text_start)
+
     def to_str_tokens(self, ids: Iterable[int]) -> list[str]:
         """One readable string per token, spaces as spaces (the dummy one too).
 

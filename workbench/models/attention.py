@@ -67,6 +67,9 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [batch head pos d_head]
         if self.attn_impl == "eager" or self.hook_attn_scores.listened or self.hook_pattern.listened:
             return self._eager(q, k, v, mask).transpose(1, 2)
+        if q.shape[2] == 1:  # heads that share keys become queries of one head, and nothing is repeated
+            z = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[3]), k, v, attn_mask=mask)
+            return z.flatten(1, 2).unsqueeze(1)
         if mask is not None:  # with a mask, sdpa is slow on grouped heads on most devices
             k, v = self._repeat(k), self._repeat(v)
         causal = mask is None and q.shape[2] > 1

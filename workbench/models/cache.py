@@ -10,34 +10,48 @@ from torch import Tensor
 from workbench.config import ModelConfig
 from workbench.errors import ShapeError
 
+FIRST_ROOM = 128  # positions a growing cache begins with
+
 
 class KVCache:
-    """Room for `n_ctx` positions of a batch, allocated once: 2 · layer · batch · n_ctx · kv_head · d_head values."""
+    """Room for `n_ctx` positions of a batch: 2 · layer · batch · n_ctx · kv_head · d_head values.
 
-    def __init__(self, cfg: ModelConfig, batch: int, n_ctx: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (cfg.n_layers, batch, n_ctx, cfg.n_kv_heads, cfg.d_head)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+    A static cache allocates all of it at once. A growing one begins small and doubles, so that a generous `n_ctx` costs
+    nothing until it is used; while it doubles, old and new lie side by side, one layer at a time.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        batch: int,
+        n_ctx: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        growing: bool = False,
+    ) -> None:
+        self.batch, self.n_ctx = batch, n_ctx
+        self.room = min(n_ctx, FIRST_ROOM) if growing else n_ctx
+        shape = (batch, cfg.n_kv_heads, self.room, cfg.d_head)  # heads outside: a head's keys lie together
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(cfg.n_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(cfg.n_layers)]
         self.valid = torch.ones(batch, n_ctx, dtype=torch.bool, device=device)  # False at padding
         self.padded = False
         self.n_seen = 0  # positions that every layer holds
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v [batch pos kv_head d_head] of a layer; returns all of that layer's, earlier ones included."""
-        end = self.n_seen + k.shape[1]
-        self.keys[layer, :, self.n_seen : end] = k
-        self.values[layer, :, self.n_seen : end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        n_new = k.shape[1]
+        return self._store(self.keys[layer], k, n_new), self._store(self.values[layer], v, n_new)
 
     def admit(self, batch: int, n_pos: int, valid: Tensor | None) -> None:
         """Make room for `n_pos` positions of `batch` sequences. Raises ShapeError when they do not fit."""
         end = self.n_seen + n_pos
-        if batch != self.keys.shape[1]:
-            raise ShapeError(f"cache: expected {self.keys.shape[1]} sequences, got {batch}. Make one of that size.")
-        if end > self.keys.shape[2]:
-            raise ShapeError(
-                f"cache: expected at most {self.keys.shape[2]} positions, got {end}. Allocate a longer one."
-            )
+        if batch != self.batch:
+            raise ShapeError(f"cache: expected {self.batch} sequences, got {batch}. Make one of that size.")
+        if end > self.n_ctx:
+            raise ShapeError(f"cache: expected at most {self.n_ctx} positions, got {end}. Allocate a longer one.")
+        if end > self.room:
+            self._grow(min(self.n_ctx, max(end, 2 * self.room)))
         # written even without padding: a pass that failed may have left its own here
         self.valid[:, self.n_seen : end] = True if valid is None else valid
         self.padded = not bool(self.valid[:, :end].all()) if valid is not None or self.padded else False
@@ -45,6 +59,17 @@ class KVCache:
     def advance(self, n_pos: int) -> None:
         """Count `n_pos` positions as seen, once every layer has stored them."""
         self.n_seen += n_pos
+
+    def _store(self, held: Tensor, new: Tensor, n_new: int) -> Tensor:  # [batch pos kv_head d_head]
+        held.narrow(2, self.n_seen, n_new).copy_(new.transpose(1, 2))
+        return held.narrow(2, 0, self.n_seen + n_new).transpose(1, 2)
+
+    def _grow(self, room: int) -> None:
+        for layers in (self.keys, self.values):
+            for layer, held in enumerate(layers):
+                layers[layer] = held.new_empty(*held.shape[:2], room, held.shape[3])
+                layers[layer].narrow(2, 0, self.n_seen).copy_(held.narrow(2, 0, self.n_seen))
+        self.room = room
 
 
 class Prefix(KVCache):

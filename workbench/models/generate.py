@@ -2,41 +2,78 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from workbench.errors import ShapeError
 from workbench.models.layers import check_mask, check_tokens
+from workbench.models.recording import Record, Recorder
+from workbench.models.rows import Rows
+from workbench.models.sampling import Sampler, Sampling
+from workbench.models.stopping import TextWatch, need_tokenizer
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from workbench.interventions import Intervention, Interventions
+    from workbench.models.cache import KVCache
     from workbench.models.llama import Llama
+
+OnText = Callable[[int, str], object]
 
 
 @dataclass(frozen=True)
 class Generation:
     """Prompts and their continuations.
 
-    `tokens` [batch pos] holds the prompt as given and then what was written; after a stop token a row is filled with
-    the pad id. `attention_mask` [batch pos] is 0 at padding on either side. `n_prompt` is where continuations start.
+    `tokens` [batch pos] holds the prompt as given and then what was written; after a row ended it is filled with the
+    pad id. `attention_mask` [batch pos] is 0 at padding on either side. `n_prompt` is where continuations start.
+    `stopped` tells for each row what ended it: "stop_id", "stop_string" or "length". `record` is what was recorded.
     """
 
     tokens: Tensor
     attention_mask: Tensor
     n_prompt: int
+    stopped: tuple[str, ...] = ()
+    record: Record = field(default_factory=Record)
+    tokenizer: Any = None
+    stop_strings: tuple[str, ...] = ()
 
     def continuations(self) -> list[list[int]]:
         """The ids written for each row, its stop token included, padding removed."""
         new, kept = self.tokens[:, self.n_prompt :], self.attention_mask[:, self.n_prompt :].bool()
         return [row[keep].tolist() for row, keep in zip(new, kept, strict=True)]
 
+    def texts(self) -> list[str]:
+        """What each row wrote, special tokens by name, cut before a stop string that ended it."""
+        tokenizer = need_tokenizer(self.tokenizer, "texts")
+        found = []
+        for row, ids in enumerate(self.continuations()):
+            decoder = tokenizer.stream(text_start=tokenizer.is_special(int(self.tokens[row, self.n_prompt - 1])))
+            watch = TextWatch(decoder, self.stop_strings if self.stopped[row] == "stop_string" else ())
+            found.append("".join(map(watch.push, ids)) + watch.finish())
+        return found
 
-@torch.no_grad()
+    def messages(self) -> list[list[Any]]:
+        """Each row, prompt included, as a list of `workbench.chat.ParsedMessage`."""
+        return _above("messages", self)
+
+    def token_frame(self, doc_id: Sequence[str] | None = None) -> pl.DataFrame:
+        """One row per token: doc_id, pos, token_id, token, segment, phase, as in a study's `tokens`."""
+        return _above("token_frame", self, doc_id)
+
+    def routing(self, doc_id: Sequence[str] | None = None) -> pl.DataFrame:
+        """One row per (token, layer) with axes.ROUTING_COLUMNS, as in a study; needs record=["routing"]."""
+        return _above("routing_frame", self, doc_id)
+
+
 def generate(
     model: Llama,
     tokens: Tensor,
@@ -44,86 +81,127 @@ def generate(
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int | Sequence[int] | None = None,
     stop_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    max_thinking_tokens: int | None = None,
     pad_id: int = 4,
-    seed: int | None = None,
+    cache: str = "growing",
+    prefill_chunk: int | None = None,
+    record: Sequence[str] = (),
+    record_to: str | Path | None = None,
+    on_text: OnText | None = None,
     interventions: Interventions | Sequence[Intervention] = (),
 ) -> Generation:
-    """Continue each row until it writes a stop id or `max_new_tokens`.
+    """Continue each row until it writes a stop id or a stop string, or `max_new_tokens`.
 
     Args:
         tokens: prompts [batch pos], padded on the left if they differ in length (then pass `attention_mask`).
-        temperature: 0 takes the most probable token; above 0 samples from softmax(logits / temperature).
+        temperature, top_p, top_k, repetition_penalty, seed: see `workbench.models.sampling.Sampling`.
         stop_ids: ids that end a row; by default the model's own, which are <|return|> and <|call|>.
-        seed: makes sampling repeatable; drawn on the CPU, so that devices agree.
+        stop_strings: texts that end a row once it has written them, wherever tokens begin and end.
+        max_thinking_tokens: after so many tokens in the analysis channel the ids that close it and open the final
+            channel are written for the model.
+        cache: "growing" doubles as it fills; "static" allocates prompt and continuation at once.
+        prefill_chunk: at most so many columns of the prompt in one pass; bounds the memory of a long one.
+        record: "routing" and names of hook points (full, or short such as "resid_post" for every layer), recorded at
+            every token, the last one included. With `record_to` they go to files in that folder as they come.
+        on_text: called as on_text(row, text) with each piece of text once it is certain.
         interventions: act on every pass, on the prompt and on what is written.
 
-    Raises ShapeError when the prompt is padded on the right or does not leave room for a new token.
+    Raises ShapeError for values out of range, when the prompt is padded on the right or leaves no room for a new
+    token; ConfigError when a text is asked for without a tokenizer; HookError for names that do not exist.
     """
     check_tokens(tokens, model.cfg)
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
-    stop_ids = list(model.stop_ids if stop_ids is None else _id_list(stop_ids))
-    _check(model, tokens, mask, max_new_tokens, temperature)
-    _check_ids(model, {"stop_ids": stop_ids, "pad_id": [pad_id]})
-    cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
-    generator = None if seed is None else torch.Generator().manual_seed(_seed(seed))
-    stops = torch.tensor(stop_ids, dtype=tokens.dtype)
-    written, kept = [tokens.cpu()], [mask.cpu()]
-    running = torch.ones(tokens.shape[0], dtype=torch.bool)
-    with model.intervene(interventions):
-        logits = _last_logits(model, tokens, attention_mask, cache)
+    _check(model, tokens, mask, max_new_tokens, cache, prefill_chunk)
+    sampler = Sampler(Sampling(temperature, top_p, top_k, repetition_penalty, seed), tokens.shape[0])
+    rows = Rows(model, tokens, mask, stop_ids, stop_strings, max_thinking_tokens, pad_id, on_text)
+    recorder = Recorder(model, record, record_to) if record else None
+    with ExitStack() as stack:
+        stack.enter_context(model.intervene(interventions))
+        stack.enter_context(_prompt_lengths(model, mask.sum(1).tolist()))
+        # hooks of the caller may keep tensors and take gradients through them later; without any, nobody can
+        listened = any(point.listened for point in model.hook_dict.values())
+        stack.enter_context(torch.no_grad() if listened else torch.inference_mode())
+        if recorder is not None:
+            stack.enter_context(recorder.listening())
+        room = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens, growing=cache == "growing")
+        passes = _Passes(model, room, recorder)
+        sampler.see(tokens.cpu(), mask.bool().cpu(), model.cfg.d_vocab)
+        resid = passes.prefill(tokens, attention_mask, prefill_chunk or tokens.shape[1])
         for step in range(max_new_tokens):
-            chosen = torch.where(running, _choose(logits, temperature, generator), pad_id)  # [batch]
-            written.append(chosen[:, None])
-            kept.append(running[:, None].to(mask.dtype))
-            running = running & ~torch.isin(chosen, stops)
-            if not running.any() or step + 1 == max_new_tokens:
+            chosen = rows.take(sampler.choose(passes.logits(resid)))  # [batch]
+            ended = not rows.running_any or step + 1 == max_new_tokens
+            if ended and recorder is None:
                 break
-            # a row that has stopped still takes part, so that the batch keeps its shape, but as padding
-            logits = _last_logits(model, chosen[:, None], None if running.all() else running[:, None].long(), cache)
-    return Generation(torch.cat(written, dim=1), torch.cat(kept, dim=1), tokens.shape[1])
+            # a row that ended before this token still takes part, so that the batch keeps its shape, but as padding
+            resid = passes.decode(chosen[:, None], rows.last_kept)
+            if ended:
+                break
+            sampler.see(chosen[:, None], rows.last_kept[:, None], model.cfg.d_vocab)
+    return rows.generation(recorder.finish() if recorder is not None else Record())
 
 
-def _last_logits(model: Llama, tokens: Tensor, mask: Tensor | None, cache: object) -> Tensor:  # float32 [batch d_vocab]
-    resid = model(tokens, mask, cache=cache, stop_at_layer=model.cfg.n_layers)  # [batch pos d_model]
-    return model.unembed(model.ln_final(resid[:, -1:]))[:, -1].float().cpu()  # only the last position is unembedded
+@dataclass
+class _Passes:
+    """Forward passes that continue one cache, and the recorder that is told of each."""
+
+    model: Llama
+    cache: KVCache
+    recorder: Recorder | None
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None, chunk: int) -> Tensor:  # the last column's residual stream
+        resid = torch.empty(0)
+        for start in range(0, tokens.shape[1], chunk):
+            part = slice(start, start + chunk)
+            resid = self._run(tokens[:, part], None if mask is None else mask[:, part])
+        return resid
+
+    def decode(self, tokens: Tensor, kept: Tensor) -> Tensor:  # [batch 1], bool [batch] -> [batch 1 d_model]
+        return self._run(tokens, None if kept.all() else kept[:, None].long())
+
+    def logits(self, resid: Tensor) -> Tensor:  # [batch 1 d_model] -> float32 [batch d_vocab] on the CPU
+        return self.model.unembed(self.model.ln_final(resid))[:, -1].float().cpu()
+
+    def _run(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        resid = self.model(tokens, mask, cache=self.cache, stop_at_layer=self.model.cfg.n_layers)
+        if self.recorder is not None:
+            self.recorder.step(tokens.shape[1])
+        return resid[:, -1:]  # only the last column is unembedded
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:  # [batch]
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits - logits.max(-1, keepdim=True).values  # so that dividing by next to nothing leaves a 0
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+@contextmanager
+def _prompt_lengths(model: Llama, n_prompt: list[int]) -> Iterator[None]:
+    """Tell attached interventions where prompts end, which a chunk of a prompt cannot."""
+    told = [batch for batch in model.batches if batch.given_n_prompt is None]
+    for batch in told:
+        batch.given_n_prompt = n_prompt
+    try:
+        yield
+    finally:
+        for batch in told:
+            batch.given_n_prompt = None
 
 
-def _id_list(ids: Sequence[int]) -> Sequence[int]:
-    if isinstance(ids, str) or not isinstance(ids, Sequence):
-        raise ShapeError(f"stop_ids: expected a list of token ids, got {ids!r}. Write [{ids!r}].")
-    return ids
+def _above(name: str, *arguments: Any) -> Any:
+    """A function of workbench.transcript, looked up when asked for: frames and messages lie above the models."""
+    return getattr(import_module("workbench.transcript"), name)(*arguments)
 
 
-def _check_ids(model: Llama, given: dict[str, Sequence[int]]) -> None:
-    for name, ids in given.items():
-        for token_id in ids:
-            if type(token_id) is not int or not 0 <= token_id < model.cfg.d_vocab:  # a bool is no id
-                raise ShapeError(
-                    f"{name}: expected ids from 0 to {model.cfg.d_vocab - 1}, got {token_id!r}. "
-                    "Use the tokenizer of this checkpoint."
-                )
-
-
-def _seed(seed: int) -> int:
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ShapeError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}.")
-    return seed
-
-
-def _check(model: Llama, tokens: Tensor, mask: Tensor, max_new_tokens: int, temperature: float) -> None:
+def _check(
+    model: Llama, tokens: Tensor, mask: Tensor, max_new_tokens: int, cache: str, prefill_chunk: int | None
+) -> None:
     check_mask(mask, (tokens.shape[0], tokens.shape[1]))
-    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
-        raise ShapeError(f"temperature: expected 0 or a positive number, got {temperature!r}.")
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise ShapeError(f"max_new_tokens: expected at least 1, a whole number, got {max_new_tokens!r}.")
+    if cache not in ("growing", "static"):
+        raise ShapeError(f"cache: expected growing or static, got {cache!r}.")
+    if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
+        raise ShapeError(f"prefill_chunk: expected at least 1, a whole number, or None, got {prefill_chunk!r}.")
     room = model.cfg.n_ctx - tokens.shape[-1]
     if max_new_tokens > room:
         raise ShapeError(

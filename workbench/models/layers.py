@@ -18,8 +18,8 @@ from workbench.hooks import HookPoint
 class Frame(NamedTuple):
     """What a forward pass knows about its positions, computed once and handed to every block."""
 
-    cos: Tensor  # [batch pos d_head], or [1 pos d_head] without padding
-    sin: Tensor
+    cos: Tensor  # [batch pos 1 d_head], or [1 pos 1 d_head] without padding
+    sin: Tensor  # same, its first half negated: what the second half of a head takes away from the first
     mask: Tensor | None  # bool [batch 1 query_pos key_pos], True where a query may look; None: causal, nothing padded
     valid: Tensor | None  # bool [batch pos], False at padding; None: nothing padded
     positions: Tensor  # int64 [batch pos], or [1 pos] without padding: the place of each token in its sequence
@@ -36,6 +36,8 @@ class RMSNorm(nn.Module):
         self.hook_normalized = HookPoint("batch pos d_model")
 
     def forward(self, x: Tensor) -> Tensor:  # [batch pos d_model]
+        if not (self.hook_scale.listened or self.hook_normalized.listened):
+            return rms_norm(x, self.weight, self.eps)
         inverse = inverse_rms(x, self.eps)
         if self.hook_scale.listened:
             scale = 1 / inverse
@@ -71,6 +73,10 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:  # [... d] -> float32 [... 1]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # over the last axis
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(
+            x, weight.shape, weight, eps
+        )  # the same operations in one call; elsewhere it rounds otherwise
     return weight * (wide(x) * inverse_rms(x, eps)).to(x.dtype)
 
 
@@ -85,9 +91,8 @@ def substitute(exact: Tensor, edited: Tensor, read: Tensor) -> Tensor:
 
 def rotary(x: Tensor, frame: Frame) -> Tensor:  # [batch pos head d_head]
     """Rotate the two halves of each head against each other (2104.09864)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * frame.cos.unsqueeze(2) + turned * frame.sin.unsqueeze(2)
+    first, second = x.chunk(2, dim=-1)
+    return x * frame.cos + torch.cat((second, first), dim=-1) * frame.sin
 
 
 @cache

@@ -130,9 +130,9 @@ class Llama(HookedModel):
             )
         return torch.tensor(rows)
 
-    def new_cache(self, batch: int, n_ctx: int) -> KVCache:
+    def new_cache(self, batch: int, n_ctx: int, growing: bool = False) -> KVCache:
         """An empty cache for `n_ctx` positions of `batch` sequences, to pass as `cache=` to successive calls."""
-        return KVCache(self.cfg, batch, n_ctx, self.dtype, self.device)
+        return KVCache(self.cfg, batch, n_ctx, self.dtype, self.device, growing)
 
     @contextmanager
     def intervene(self, interventions: Interventions | Intervention | Sequence[Intervention]) -> Iterator[Llama]:
@@ -193,8 +193,9 @@ class Llama(HookedModel):
             positions = (seen.cumsum(1) - 1).clamp(min=0)[:, n_past:]  # [batch pos], counted over tokens only
             mask = attend_mask(seen, n_pos)
         frequencies = rotary_frequencies(self.cfg.rope, self.cfg.d_head, x.device)
-        angles = (positions[..., None] * frequencies).repeat(1, 1, 2)  # [batch pos d_head]
-        return Frame(angles.cos().to(x.dtype), angles.sin().to(x.dtype), mask, valid, positions)
+        angles = positions[:, :, None, None] * frequencies  # [batch pos 1 d_head/2]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        return Frame(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), mask, valid, positions)
 
 
 class Block(nn.Module):

@@ -124,7 +124,7 @@ class Moe(nn.Module):
         """
         forced = self.hook_expert_ids(ids)
         n_experts = self.cfg.n_experts
-        checked = forced is not ids or (self.hook_expert_ids.listened and ids.device.type == "cpu")
+        checked = forced is not ids or (self.hook_expert_ids.may_change and ids.device.type == "cpu")
         if checked and not 0 <= int(forced.min()) <= int(forced.max()) < n_experts:
             raise HookError(
                 f"hook at {self.hook_expert_ids.name}: expected ids from 0 to {n_experts - 1}, "

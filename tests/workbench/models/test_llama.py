@@ -84,7 +84,7 @@ def test_a_cache_filled_in_chunks_equals_one_pass(
             model(padded[:, a:b], mask[:, a:b] if padding else None, cache=cache) for a, b in pairwise(ends.tolist())
         ]
         whole = model(padded, mask if padding else None)
-    assert torch.allclose(torch.cat(parts, 1)[:, padding:], whole[:, padding:], atol=3e-6)
+    assert torch.allclose(torch.cat(parts, 1)[:, padding:], whole[:, padding:], atol=1e-5)
 
 
 def test_a_full_cache_says_so(llama: Llama, tokens: Tensor) -> None:
