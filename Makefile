@@ -46,7 +46,7 @@ demo: $(VENV)/base
 	$(BIN)/workbench study --out runs/demo
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not browser and not gpu"
 
 slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -143,7 +143,7 @@ def test_implementations_give_the_same_model(moe: Qwen3Moe, tokens: Tensor) -> N
 
 
 def test_names_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ConfigError, match="moe_impl: expected one of auto, sorted, .*, triton, got 'cuda'"):
+    with pytest.raises(ConfigError, match=r"moe_impl: expected one of auto, sorted, .*, triton, got 'cuda'"):
         build_model(QWEN3_MOE, moe_impl="cuda")
     with pytest.raises(ConfigError, match="router_dtype: expected one of float32, model, got 'bf16'"):
         build_model(QWEN3_MOE, router_dtype="bf16")
