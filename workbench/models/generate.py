@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,15 +62,21 @@ class Generation:
 
     def messages(self) -> list[list[Any]]:
         """Each row, prompt included, as a list of `workbench.chat.ParsedMessage`."""
-        return _above("messages", self)
+        from workbench.transcript import messages
+
+        return messages(self)
 
     def token_frame(self, doc_id: Sequence[str] | None = None) -> pl.DataFrame:
         """One row per token: doc_id, pos, token_id, token, segment, phase, as in a study's `tokens`."""
-        return _above("token_frame", self, doc_id)
+        from workbench.transcript import token_frame
+
+        return token_frame(self, doc_id)
 
     def routing(self, doc_id: Sequence[str] | None = None) -> pl.DataFrame:
         """One row per (token, layer) with axes.ROUTING_COLUMNS, as in a study; needs record=["routing"]."""
-        return _above("routing_frame", self, doc_id)
+        from workbench.transcript import routing_frame
+
+        return routing_frame(self, doc_id)
 
 
 def generate(
@@ -185,11 +190,6 @@ def _prompt_lengths(model: Llama, n_prompt: list[int]) -> Iterator[None]:
     finally:
         for batch in told:
             batch.given_n_prompt = None
-
-
-def _above(name: str, *arguments: Any) -> Any:
-    """A function of workbench.transcript, looked up when asked for: frames and messages lie above the models."""
-    return getattr(import_module("workbench.transcript"), name)(*arguments)
 
 
 def _check(
