@@ -4,7 +4,7 @@
 
 Per launch: it compiles; nothing spills to memory; shared memory stays within the device's limit; and where a table
 says "wgmma", the code has it. Safe block sizes are checked as well, on every architecture. Exit status 1 when anything
-fails. Uses what the triton wheel carries (ptxas, cuobjdump, nvdisasm). TRITON_INTERPRET must be unset: triton reads it
+fails. Uses what the triton wheel carries (ptxas, cuobjdump). TRITON_INTERPRET must be unset: triton reads it
 when a kernel is defined.
 """
 
@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from workbench_kernels import tables
 from workbench_kernels.moe.blocks import SAFE, safe_blocks
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # target, bytes of shared memory that one block may have
 ARCHITECTURES: dict[str, tuple[GPUTarget, int]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),
@@ -135,7 +135,7 @@ def check_launch(launch: Launch, arch: str, label: str, wants_wgmma: bool) -> Re
     shared = compiled.metadata.shared
     problems = []
     if spills:
-        problems.append(f"{spills} spilled accesses")
+        problems.append(f"{spills} bytes spilled")
     if shared > limit:
         problems.append(f"{shared} bytes of shared memory, the limit is {limit}")
     if wants_wgmma and instruction != "wgmma":
@@ -145,32 +145,28 @@ def check_launch(launch: Launch, arch: str, label: str, wants_wgmma: bool) -> Re
 
 
 def inspect_cuda(compiled: Any) -> tuple[int, int, str]:
-    """Registers, accesses to local memory, matrix instruction: read from the machine code."""
+    """Registers, bytes of stack, matrix instruction. These kernels have no arrays: what lies on a stack was spilled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError("cuobjdump: expected the register count, got none. Is the triton wheel complete?")
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    kinds = {"wgmma": r"\b[HIQ]GMMA", "tcgen05": r"\bUTC\w*MMA", "mma": r"\b[HIQ]MMA", "fma": r"\bFFMA"}
-    return int(registers[1]), spills, next((name for name, mark in kinds.items() if re.search(mark, code)), "")
+        usage = subprocess.run([str(CUOBJDUMP), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = [re.search(rf"\b{name}:(\d+)", usage.stdout + usage.stderr) for name in ("REG", "STACK", "LOCAL")]
+    if None in found:
+        raise RuntimeError("cuobjdump: expected registers, stack and local, got others. The format changed; mend this.")
+    registers, stack, local = (int(match[1]) for match in found if match)
+    # read from ptx, each of these stands for one instruction of the machine; disassembling takes longer than compiling
+    kinds = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "fma": "fma.rn"}
+    ptx = compiled.asm["ptx"]
+    return registers, stack + local, next((name for name, mark in kinds.items() if mark in ptx), "")
 
 
 def inspect_hip(compiled: Any) -> tuple[int, int, str]:
     text = compiled.asm["amdgcn"]
-    counts = {name: re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")}
-    if None in counts.values():
-        raise RuntimeError("amdgcn: expected register counts, got none. The format changed; mend inspect_hip.")
-    registers, spills = (int(match[1]) for match in counts.values() if match)
-    return registers, spills, "mfma" if "v_mfma" in text else ""
-
-
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+    counts = [re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "private_segment_fixed_size")]
+    if None in counts:
+        raise RuntimeError("amdgcn: expected registers and scratch, got others. The format changed; mend inspect_hip.")
+    registers, scratch = (int(match[1]) for match in counts if match)
+    return registers, scratch, "mfma" if "v_mfma" in text else ""
 
 
 def _check_group(group: list[Case]) -> list[Result]:

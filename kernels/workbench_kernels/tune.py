@@ -6,6 +6,7 @@ Each path is tuned at its own token counts, one kernel part after the other whil
 candidate is first compared with the torch implementation on the same input: sizes that give another result are dropped
 and named. Then candidates are timed in turn, over weights of several layers and as CUDA graphs; the least median wins,
 and among those within 1% of it the first in the fixed list, so that two runs on one device tend to the same choice.
+The first bucket of a path also settles the sizes that decide the bits (blocks.arithmetic); the others vary the rest.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from torch import Tensor
 
 from workbench_kernels import tables
 from workbench_kernels.moe.api import fused_moe
-from workbench_kernels.moe.blocks import Blocks, blocks_for, choose_path
+from workbench_kernels.moe.blocks import Blocks, arithmetic, blocks_for, choose_path
 from workbench_kernels.moe.plan import Intervene, Need
 from workbench_kernels.quant import QuantizedExperts, quantize
 
 SHAPE = {"d_model": 2560, "d_expert": 960, "n_experts": 128, "k": 8}
-BUCKETS = {"decode": (1, 2, 4), "skinny": (5, 16, 64, 128), "tile": (257, 512, 1024, 2048, 4096, 16384)}
+# the first of a path is where its speed matters most
+BUCKETS = {"decode": (1,), "skinny": (16, 5, 64, 128), "tile": (4096, 257, 512, 1024, 2048, 16384)}
 WARM_TOKENS = (1, 16, 512, 4096)
 N_LAYERS, ROUNDS, SLACK = 3, 9, 1.01
 
@@ -66,18 +68,21 @@ class Tuner:
         self.layers = [self._layer(seed) for seed in range(N_LAYERS)]
         self.dropped: list[str] = []
 
-    def best(self, path: str, n_tokens: int, deadline: float) -> Blocks:
-        """The sizes for one bucket."""
+    def best(self, path: str, n_tokens: int, deadline: float, like: Blocks | None = None) -> Blocks:
+        """The sizes for one bucket; with `like`, the path's first bucket, such that a token gets the same bits."""
         x = self._inputs(n_tokens)
-        chosen = blocks_for(path, x, self.layers[0][1], self.layers[0][2], self.shape["k"])
+        chosen = like or blocks_for(path, x, self.layers[0][1], self.layers[0][2], self.shape["k"])
         for part in ("gate_up", "down"):
-            chosen = self._best_part(path, part, chosen, x, deadline)
+            found = candidates(path, part, self.bits, chosen)
+            if like is not None:
+                found = (blocks for blocks in found if arithmetic(path, blocks) == arithmetic(path, like))
+            chosen = self._best_part(path, found, x, deadline)
         return chosen
 
-    def _best_part(self, path: str, part: str, start: Blocks, x: Tensor, deadline: float) -> Blocks:
+    def _best_part(self, path: str, found: Iterator[Blocks], x: Tensor, deadline: float) -> Blocks:
         timed: list[tuple[float, Blocks]] = []
         expected = self._run(x, self.layers[0], impl="sorted")
-        for blocks in candidates(path, part, self.bits, start):
+        for blocks in found:
             if timed and time.monotonic() > deadline:
                 break
             if self.right(path, blocks, x, expected):
@@ -190,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for done, (path, n_tokens) in enumerate(jobs):
             left = (deadline - time.monotonic()) / (len(jobs) - done + len(jobs) * (len(formats) - at - 1))
             began = time.monotonic()
-            entry.setdefault(path, {})[str(n_tokens)] = tuner.best(path, n_tokens, began + left / 2)
+            buckets = entry.setdefault(path, {})
+            like = next(iter(buckets.values()), None)
+            buckets[str(n_tokens)] = tuner.best(path, n_tokens, began + left / 2, like)
             print(f"int{bits} {path} T={n_tokens}: {time.monotonic() - began:.0f} s", flush=True)
         tables.write_entry(out, entry)
         print(f"{len(tuner.dropped)} candidates dropped; table written to {out.name}")

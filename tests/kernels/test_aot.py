@@ -58,7 +58,7 @@ def test_the_check_finds_what_it_looks_for() -> None:
     good, shared, spills, claim, broken = done.stdout.splitlines()
     assert good == "good, wgmma"
     assert "bytes of shared memory, the limit is 65536" in shared
-    assert "spilled accesses" in spills
+    assert "bytes spilled" in spills
     assert claim == "claims wgmma, has fma"
     assert broken.startswith("does not compile:")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from workbench_kernels import tables, tune
-from workbench_kernels.moe.blocks import SAFE
+from workbench_kernels.moe.blocks import SAFE, arithmetic
 from workbench_kernels.moe.plan import PATHS
 
 SHAPE = {"d_model": 2560, "d_expert": 960, "n_experts": 128, "k": 8}
@@ -38,6 +39,28 @@ def test_shipped_tables_hold_every_format_and_path_and_admit_what_was_not_tuned(
                 for part in ("gate_up", "down"):
                     assert blocks[part].keys() - {"wgmma"} == SAFE[path][part].keys()
     assert tables.dump(table) == (tables.PACKAGED / f"{arch}.json").read_text()
+
+
+@pytest.mark.parametrize("arch", SHIPPED)
+def test_the_sizes_that_decide_the_bits_do_not_vary_with_the_number_of_tokens(arch: str) -> None:
+    for one in tables.entries(arch):
+        for path in PATHS:
+            orders = [arithmetic(path, blocks) for blocks in one[path].values()]
+            assert all(order == orders[0] for order in orders), (one["dtype"], one["bits"], path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_tuner_keeps_the_bits_of_a_paths_first_bucket(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever sizes win: here the last in the list."""
+    tuner = tune.Tuner({"d_model": 16, "d_expert": 8, "n_experts": 4, "k": 2}, torch.float32, 16, torch.device("cpu"))
+    seconds = iter(range(10_000, 0, -1))
+    monkeypatch.setattr(tuner, "right", lambda *arguments: True)
+    monkeypatch.setattr(tuner, "_seconds", lambda *arguments: float(next(seconds)))
+    deadline = time.monotonic() + 60
+    first = tuner.best(path, 8, deadline)
+    assert arithmetic(path, first) != arithmetic(path, tuner.best(path, 8, deadline, SAFE[path]))
+    other = tuner.best(path, 9, deadline, first)
+    assert arithmetic(path, other) == arithmetic(path, first)
 
 
 def test_the_most_specific_entry_wins() -> None:

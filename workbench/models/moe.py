@@ -21,6 +21,7 @@ from workbench.hooks import HookPoint
 from workbench.models.layers import wide
 from workbench.models.moe_weights import QuantizedWeight, expert_weight
 from workbench_kernels import Intervene, Need, routed_experts
+from workbench_kernels.fallback import top_k
 from workbench_kernels.moe.api import NO_GRADIENT, plan_layer, without_gradient
 
 ROUTER_DTYPES = ("float32", "model")
@@ -108,8 +109,7 @@ class Moe(nn.Module):
     def _top_k(self, probs: Tensor) -> Tensor:
         if self.router_dtype == "model":
             return probs.topk(self.cfg.k, dim=-1).indices
-        # a stable sort puts the lowest id first among equals; topk promises no order there
-        return probs.sort(dim=-1, descending=True, stable=True).indices[..., : self.cfg.k]
+        return top_k(probs, probs, self.cfg.k)[0]  # the lowest id first among equals
 
     def _weights(self, probs: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
         weights = probs.gather(-1, ids)

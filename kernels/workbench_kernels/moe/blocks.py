@@ -63,6 +63,17 @@ def safe_blocks(path: str, dtype: torch.dtype) -> Blocks:
     return blocks | narrow
 
 
+def arithmetic(path: str, blocks: Blocks) -> Blocks:
+    """The sizes that decide in which order a sum runs, and so its bits.
+
+    They are the same in every bucket of a path: a token gets the same bits in a batch of any size. A product of tiles
+    adds column after column whatever the tile, in steps of bk; a matrix-vector product also adds across threads.
+    """
+    if path == "decode":
+        return {part: blocks[part] for part in ("router", "gate_up", "down")}
+    return {"router": blocks["router"], **{part: {"bk": blocks[part]["bk"]} for part in ("gate_up", "down")}}
+
+
 def blocks_for(path: str, x: torch.Tensor, gate_up: Any, down: Any, k: int) -> Blocks:
     """The blocks for one call: the table's, or safe ones where it has none, which `lookup` says."""
     n_experts, d_model, d_expert = down.shape
