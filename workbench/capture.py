@@ -21,7 +21,7 @@ from workbench.config import Qwen3MoeConfig
 from workbench.errors import ConfigError, ShapeError
 from workbench.hooks import HookPoint
 from workbench.models import Llama
-from workbench.models.recording import router_entropy, router_margin
+from workbench.models.recording import routing_values
 
 PAD_ID = 4
 SMALL_MODEL = 50_000_000  # parameters
@@ -200,7 +200,7 @@ class _RouterReader:
     def __init__(self, real: Tensor, keep_logits: bool) -> None:
         self.real, self.keep_logits = real, keep_logits
         self.found: dict[str, list[np.ndarray]] = defaultdict(list)
-        self._logits = self._weights = torch.empty(0)
+        self._logits = self._ids = self._weights = torch.empty(0)
         self.n_experts = 0
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
@@ -208,16 +208,13 @@ class _RouterReader:
         if hook.name.endswith("hook_router_logits"):
             self._logits, self.n_experts = at_tokens.float(), at_tokens.shape[-1]
         elif hook.name.endswith("hook_expert_ids"):
-            self._keep("expert_ids", at_tokens.to(torch.int16))
-            self._keep("router_entropy", router_entropy(self._logits))
-            self._keep("router_margin", router_margin(self._logits, at_tokens.shape[-1]))
-            self._keep("router_lse", self._logits.logsumexp(-1))
-            self._keep("router_mass", self._logits.softmax(-1).gather(-1, at_tokens).sum(-1))
-            if self.keep_logits:
-                self._keep("router_logits", self._logits)
+            self._ids = at_tokens
         elif hook.name.endswith("hook_routing_weights"):
             self._weights = at_tokens.float()
-            self._keep("routing_weights", self._weights)
+            for name, values in routing_values(self._logits, self._ids, self._weights).items():
+                self._keep(name, values)
+            if self.keep_logits:
+                self._keep("router_logits", self._logits)
         elif hook.name.endswith("hook_expert_out"):
             self._keep("expert_norms", self._weights * at_tokens.float().norm(dim=-1))  # [token k]
         else:

@@ -13,15 +13,14 @@ from workbench.capture import (
     expert_peaks,
     pad,
     routed_layers,
-    router_entropy,
     router_inputs,
-    router_margin,
     suitable_threads,
     weights_hash,
     write_answers,
 )
 from workbench.errors import ConfigError, ShapeError
 from workbench.models import Llama, Qwen3Moe, build_model, init_weights
+from workbench.models.recording import router_entropy, router_margin
 
 SEQUENCES = [[5, 9, 17, 30, 22], [8], [40, 41, 42]]
 

@@ -15,8 +15,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from workbench.capture import Routing, router_entropy, router_margin
+from workbench.capture import Routing
 from workbench.errors import ConfigError, RunError, ShapeError
+from workbench.models.recording import ROUTING_VALUES, routing_values
 
 try:
     from transformers import Qwen3MoeForCausalLM
@@ -92,7 +93,8 @@ class Recorder:
         order = np.lexsort((pos, sequence))
         by_layer = [[np.concatenate(part)[order] for part in zip(*self._found[at], strict=True)] for at in self.layers]
         fields = [np.stack(part, axis=1) for part in zip(*by_layer, strict=True)]  # [token layer ...] each
-        return Routing(self.layers, self.n_experts, *fields), sequence[order], pos[order]
+        values = dict(zip(ROUTING_VALUES, fields, strict=True))
+        return Routing(self.layers, self.n_experts, **values), sequence[order], pos[order]
 
     def frame(self, doc_ids: Sequence[str] | None = None) -> pl.DataFrame:
         """One row per (token, layer) with axes.ROUTING_COLUMNS; `doc_ids` names the sequences in order of appearance.
@@ -126,9 +128,7 @@ class Recorder:
 
     def _on_router(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits, weights, ids = (part.detach()[self._kept.flatten().to(part.device)] for part in output)
-        logits = logits.float()
-        parts = (ids.to(torch.int16), weights.float(), router_entropy(logits), router_margin(logits, ids.shape[-1]))
-        self._found[layer].append(tuple(part.cpu().numpy() for part in parts))
+        self._found[layer].append(tuple(part.cpu().numpy() for part in routing_values(logits, ids, weights).values()))
 
 
 def _valid(mask: Tensor | None, shape: torch.Size, n_past: int) -> Tensor:  # bool [batch past+pos], on the CPU

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FLUSH = 32  # decode steps between two compactions
 ROUTING = "routing"
 ROUTER_POINTS = ("router_logits", "expert_ids", "routing_weights")
-ROUTING_VALUES = ("expert_ids", "routing_weights", "router_entropy", "router_margin")
+ROUTING_VALUES = ("expert_ids", "routing_weights", "router_entropy", "router_margin", "router_lse", "router_mass")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Record:
 
     activations: by hook name [batch pos ...], in the model's dtype. routed_layers, n_experts: of the routing, which is
     empty unless it was asked for. routing: expert_ids (int16) and routing_weights (float32) [batch pos layer k] by
-    descending weight; router_entropy in nats and router_margin [batch pos layer], float32, NaN without a margin.
+    descending weight; router_entropy in nats, router_margin (NaN without one), router_lse and router_mass
+    [batch pos layer], float32, as in axes.ROUTING_COLUMNS.
     """
 
     activations: dict[str, Tensor] = field(default_factory=dict)
@@ -106,17 +107,24 @@ class Recorder:
 
     def _routing(self) -> dict[str, Tensor]:  # [batch pos layer ...] each
         logits, ids, weights = (self._by_layer(leaf) for leaf in ROUTER_POINTS)
-        logits = logits.float()
-        return {
-            "expert_ids": ids.to(torch.int16),
-            "routing_weights": weights.float(),
-            "router_entropy": router_entropy(logits),
-            "router_margin": router_margin(logits, ids.shape[-1]),
-        }
+        return routing_values(logits, ids, weights)
 
     def _by_layer(self, leaf: str) -> Tensor:
         steps = [torch.cat(self._held[f"blocks.{layer}.mlp.hook_{leaf}"], dim=1) for layer in self.layers]
         return torch.stack(steps, dim=2)
+
+
+def routing_values(logits: Tensor, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """ROUTING_VALUES by name, of router logits [... expert], expert ids [... k] and routing weights [... k]."""
+    logits, ids = logits.float(), ids.long()
+    return {
+        "expert_ids": ids.to(torch.int16),
+        "routing_weights": weights.float(),
+        "router_entropy": router_entropy(logits),
+        "router_margin": router_margin(logits, ids.shape[-1]),
+        "router_lse": logits.logsumexp(-1),
+        "router_mass": logits.softmax(-1).gather(-1, ids).sum(-1),
+    }
 
 
 def router_entropy(logits: Tensor) -> Tensor:  # [... expert] -> [...]

@@ -44,8 +44,10 @@ def test_topic_and_vocabulary_are_never_called_language_on_shared_tokens(strengt
 
 
 def test_all_tokens_do_call_vocabulary_language() -> None:
-    """Why the shared-token contrast is the primary one: on all tokens the confound passes every test."""
-    assert "vocabulary" in accuracy(trials_of("all", 2), *FLOORS)["wrong"].str.join(" ").item()
+    """Why the shared-token contrast is the primary one: on all tokens the confound is significant, and not small."""
+    floors = (0.0, 0.5)
+    assert "vocabulary" in accuracy(trials_of("all", 2), *floors)["wrong"].str.join(" ").item()
+    assert "vocabulary" not in accuracy(trials_of("shared", 2), *floors)["wrong"].str.join(" ").item()
 
 
 def test_significance_alone_is_not_enough() -> None:

@@ -21,7 +21,11 @@ def test_every_token_is_labelled() -> None:
     assert tuple(tokens.columns) == TOKEN_COLUMNS
     assert tokens.null_count().sum_horizontal().item() == 0
     first = tokens.filter(pl.col("doc_id") == tokens["doc_id"][0])
-    assert first["segment"].to_list() == ["bos", "control", "control", *["analysis"] * 30]
+    channel = first["segment"][3]
+    assert channel in ("analysis", "final")
+    assert first["segment"].to_list() == ["bos", "control", "control", *[channel] * 30]
+    words = tokens.filter(pl.col("pos") >= N_HEADER)
+    assert words.group_by("group_id").agg(pl.col("segment").n_unique())["segment"].to_list() == [1] * 4
     assert first["segment_index"].to_list() == [0, 1, 1, *[2] * 30]
     assert first["pos_in_segment"].to_list() == [0, 0, 1, *range(30)]
     assert first["pos"].to_list() == list(range(33))
