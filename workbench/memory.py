@@ -110,7 +110,7 @@ def record_bytes(cfg: ModelConfig, record: Sequence[str], dtype: torch.dtype) ->
         return 0
     recorder = Recorder(build_model(cfg, dtype, "meta"), record)
     k = getattr(cfg, "k", 0)
-    routing = len(recorder.layers) * (k * (2 + 4) + 2 * 4)  # int16 ids, float32 weights, entropy, margin
+    routing = len(recorder.layers) * (k * (2 + 4) + 4 * 4)  # int16 ids, float32 weights; entropy, margin, lse, mass
     return routing + sum(_point_bytes(cfg, point.shape, point.dtype, dtype) for point in recorder.points)
 
 

@@ -41,7 +41,7 @@ def test_records_of_the_real_mixture() -> None:
     resid = 32 * 2560 * 2
     assert record_bytes(cfg, ["resid_post"], torch.bfloat16) == resid
     assert record_bytes(cfg, ["router_logits"], torch.bfloat16) == 32 * 128 * 4, "router tensors are float32"
-    assert record_bytes(cfg, ["routing"], torch.bfloat16) == 32 * (8 * 6 + 8)
+    assert record_bytes(cfg, ["routing"], torch.bfloat16) == 32 * (8 * 6 + 16)
     on_disk = predict(cfg, 65_536, record=["resid_post"])
     in_memory = predict(cfg, 65_536, record=["resid_post"], records_on_disk=False)
     assert on_disk.records == in_memory.records == 65_536 * resid
