@@ -11,8 +11,9 @@ from workbench_kernels.hf import register_with_transformers
 pytest.importorskip("transformers", minversion="5.0")
 
 
-@pytest.mark.parametrize("theirs", [pytest.param("eager", marks=pytest.mark.slow), "grouped_mm"])
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("theirs", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_equal_those_of_transformers(theirs: str, dtype: torch.dtype) -> None:
     register_with_transformers()
     built, record = model(dtype, k=4), {}

@@ -159,7 +159,7 @@ def test_taps_that_look_change_no_bit_and_edits_stay_in_their_slot(path: str) ->
         assert changed == [False, False, False, True, False], name
 
 
-@pytest.mark.parametrize("path", ["decode", "tile"])
+@pytest.mark.parametrize("path", [pytest.param("decode", marks=pytest.mark.slow), "tile"])
 def test_taps_at_the_router_act_as_the_interventions_do(path: str) -> None:
     p = problem(5, 24, 12, 6, 2)
     bias = torch.linspace(-2, 2, 6)
