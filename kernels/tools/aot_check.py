@@ -11,6 +11,7 @@ when a kernel is defined.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,6 +192,33 @@ def check(
         return [result for results in pool.map(_check_group, groups.values(), chunksize=1) for result in results]
 
 
+def summary(results: list[Result]) -> list[dict[str, Any]]:
+    """One row per architecture and kernel: how many launches, and the most that one of them takes."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.label.split()[0], result.kernel), []).append(result)
+    return [
+        {
+            "arch": arch, "kernel": kernel, "launches": len(group),
+            "with_problems": sum(bool(result.problems) for result in group),
+            "most_registers": max(result.registers for result in group),
+            "most_spilled_bytes": max(result.spills for result in group),
+            "most_shared_bytes": max(result.shared for result in group), "shared_limit": ARCHITECTURES[arch][1],
+            "instructions": " ".join(sorted({result.instruction for result in group} - {""})),
+            "triton": triton.__version__, "date": datetime.now(UTC).date().isoformat(),
+        }
+        for (arch, kernel), group in groups.items()
+    ]  # fmt: skip
+
+
+def write_summary(results: list[Result], file: Path) -> None:
+    rows = summary(results)
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join([*SHIPPED, "sm_86"]), help="comma-separated architectures")
@@ -197,6 +226,7 @@ def main() -> int:
     parser.add_argument("--cover", default="all", choices=["all", "heaviest", "first"], help=cases.__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="write every result there")
+    parser.add_argument("--csv", type=Path, help="write a summary there, one row per architecture and kernel")
     arguments = parser.parse_args()
     archs = tuple(arguments.arch.split(","))
     if unknown := [arch for arch in archs if arch not in ARCHITECTURES]:
@@ -204,6 +234,8 @@ def main() -> int:
     results = check(archs, arguments.cover, tuple(arguments.formats.split(",")), arguments.jobs)
     if arguments.json:
         arguments.json.write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
+    if arguments.csv and results:
+        write_summary(results, arguments.csv)
     bad = [result for result in results if result.problems]
     for result in bad:
         print(f"{result.label}: {result.kernel}: {'; '.join(result.problems)}")
