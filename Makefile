@@ -71,7 +71,7 @@ $(TRITONS)/$(OLD_TRITON): $(VENV)/dev
 
 kernels: $(TRITONS)/$(OLD_TRITON)
 	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" tests/kernels/interpreted
-	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) $(BIN)/python kernels/tools/aot_check.py --fast --arch sm_90 --formats bfloat16/16 --jobs 2
+	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) $(BIN)/python kernels/tools/aot_check.py --cover first --arch sm_90 --formats bfloat16/16 --jobs 2
 
 kernels-aot: $(VENV)/dev
 	$(BIN)/python kernels/tools/aot_check.py --jobs 2

@@ -26,7 +26,7 @@ sys.path.insert(2, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from layers import Bench
-from measure import Report
+from measure import Report, cpu_clock
 from models import REAL as REAL_MODEL
 from models import SMOKE as SMOKE_MODEL
 from models import whole_model
@@ -43,8 +43,9 @@ def machine(device: torch.device) -> dict[str, str]:
     """What stands in every row: device, driver, cores, threads and versions."""
     about = {"device": platform.processor() or platform.machine(), "driver": "", "cores": str(os.cpu_count())}
     about |= {"threads": str(torch.get_num_threads()), "capability": torch.backends.cpu.get_cpu_capability()}
+    about |= {"clock": "CPU time" if cpu_clock() is time.process_time else "wall"}
     if device.type == "cuda":
-        about |= {"device": torch.cuda.get_device_name(device), "driver": _driver()}
+        about |= {"clock": "device", "device": torch.cuda.get_device_name(device), "driver": _driver()}
         about["capability"] = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     return about | versions()
 

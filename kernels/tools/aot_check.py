@@ -1,6 +1,6 @@
 """Compile every shipped configuration for every architecture, without a GPU, and fail where the code is not good.
 
-    python kernels/tools/aot_check.py [--arch sm_90,gfx942] [--fast] [--jobs 2] [--json FILE]
+    python kernels/tools/aot_check.py [--arch sm_90,gfx942] [--cover all] [--jobs 2] [--json FILE]
 
 Per launch: it compiles; nothing spills to memory; shared memory stays within the device's limit; and where a table
 says "wgmma", the code has it. Safe block sizes are checked as well, on every architecture. Exit status 1 when anything
@@ -11,6 +11,7 @@ when a kernel is defined.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,26 +79,29 @@ class Result(NamedTuple):
     seconds: float = 0.0
 
 
-def cases(archs: tuple[str, ...], fast: bool, formats: tuple[str, ...]) -> Iterator[Case]:
-    """Shipped entries and safe sizes; with `fast`, of each path only the first bucket and the widest options."""
+def cases(archs: tuple[str, ...], cover: str, formats: tuple[str, ...]) -> Iterator[Case]:
+    """What to compile. all: every shipped entry and safe size with every option set. heaviest: every shipped entry with
+    all options at once, and every option set for plain bfloat16 on sm_90. first: of each path, the first bucket and the
+    safe sizes, with all options at once."""
     for arch in archs:
         for entry in tables.entries(arch):
             if f"{entry['dtype']}/{entry['bits']}" not in formats:
                 continue
             for path in ("decode", "skinny", "tile"):
-                for tokens, blocks in list(entry.get(path, {}).items())[: 1 if fast else None]:
-                    yield from _variants(arch, path, int(tokens), entry["dtype"], entry["bits"], blocks, "table", fast)
-        for dtype, bits in (tuple(name.split("/")) for name in formats):
+                for tokens, blocks in list(entry.get(path, {}).items())[: 1 if cover == "first" else None]:
+                    yield from _variants(arch, path, int(tokens), entry["dtype"], entry["bits"], blocks, "table", cover)
+        for dtype, bits in (tuple(name.split("/")) for name in formats if cover != "heaviest"):
             for path in SAFE:
                 safe = safe_blocks(path, getattr(torch, dtype))
-                yield from _variants(arch, path, _SAFE_TOKENS[path], dtype, int(bits), safe, "safe", fast)
+                yield from _variants(arch, path, _SAFE_TOKENS[path], dtype, int(bits), safe, "safe", cover)
 
 
 def _variants(
-    arch: str, path: str, n_tokens: int, dtype: str, bits: int, blocks: dict[str, Any], origin: str, fast: bool
+    arch: str, path: str, n_tokens: int, dtype: str, bits: int, blocks: dict[str, Any], origin: str, cover: str
 ) -> Iterator[Case]:
-    for group in (64, 128) if bits == 4 and not fast else (64,):
-        for options in ("everything",) if fast else OPTIONS if bits == 16 else ("plain", "everything"):
+    widest = cover == "first" or (cover == "heaviest" and (arch, dtype, bits) != ("sm_90", "bfloat16", 16))
+    for group in (64, 128) if bits == 4 and cover != "first" else (64,):
+        for options in ("everything",) if widest else OPTIONS if bits == 16 else ("plain", "everything"):
             numerics = ("trained", "hf") if options == "plain" and dtype == "bfloat16" and bits == 16 else ("trained",)
             for kind in numerics:
                 label = f"{arch} {origin} {path} T={n_tokens} {dtype}/{bits} {options} {kind}"
@@ -175,11 +180,11 @@ def _check_group(group: list[Case]) -> list[Result]:
 
 
 def check(
-    archs: tuple[str, ...], fast: bool = False, formats: tuple[str, ...] = FORMATS, jobs: int = 1
+    archs: tuple[str, ...], cover: str = "all", formats: tuple[str, ...] = FORMATS, jobs: int = 1
 ) -> list[Result]:
     """Every result, in a fixed order. Groups share launches, so that a process compiles each once."""
     groups: dict[tuple[str, ...], list[Case]] = {}
-    for case in cases(archs, fast, formats):
+    for case in cases(archs, cover, formats):
         groups.setdefault((case.arch, case.dtype, str(case.bits)), []).append(case)
     if jobs == 1:
         return [result for group in groups.values() for result in _check_group(group)]
@@ -187,20 +192,50 @@ def check(
         return [result for results in pool.map(_check_group, groups.values(), chunksize=1) for result in results]
 
 
+def summary(results: list[Result]) -> list[dict[str, Any]]:
+    """One row per architecture and kernel: how many launches, and the most that one of them takes."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.label.split()[0], result.kernel), []).append(result)
+    return [
+        {
+            "arch": arch, "kernel": kernel, "launches": len(group),
+            "with_problems": sum(bool(result.problems) for result in group),
+            "most_registers": max(result.registers for result in group),
+            "most_spilled_bytes": max(result.spills for result in group),
+            "most_shared_bytes": max(result.shared for result in group), "shared_limit": ARCHITECTURES[arch][1],
+            "instructions": " ".join(sorted({result.instruction for result in group} - {""})),
+            "triton": triton.__version__, "date": datetime.now(UTC).date().isoformat(),
+        }
+        for (arch, kernel), group in groups.items()
+    ]  # fmt: skip
+
+
+def write_summary(results: list[Result], file: Path) -> None:
+    rows = summary(results)
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join([*SHIPPED, "sm_86"]), help="comma-separated architectures")
     parser.add_argument("--formats", default=",".join(FORMATS), help="dtype of activations / bits of weights")
-    parser.add_argument("--fast", action="store_true", help="one bucket per path, all options at once")
+    parser.add_argument("--cover", default="all", choices=["all", "heaviest", "first"], help=cases.__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="write every result there")
+    parser.add_argument("--csv", type=Path, help="write a summary there, one row per architecture and kernel")
     arguments = parser.parse_args()
     archs = tuple(arguments.arch.split(","))
     if unknown := [arch for arch in archs if arch not in ARCHITECTURES]:
         parser.error(f"--arch: expected among {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}.")
-    results = check(archs, arguments.fast, tuple(arguments.formats.split(",")), arguments.jobs)
+    results = check(archs, arguments.cover, tuple(arguments.formats.split(",")), arguments.jobs)
     if arguments.json:
         arguments.json.write_text(json.dumps([result._asdict() for result in results], indent=1) + "\n")
+    if arguments.csv and results:
+        write_summary(results, arguments.csv)
     bad = [result for result in results if result.problems]
     for result in bad:
         print(f"{result.label}: {result.kernel}: {'; '.join(result.problems)}")

@@ -49,6 +49,7 @@ def test_the_triton_run_is_complete_under_the_interpreter(tmp_path: Path) -> Non
     check(done, rows, "triton")
 
 
+@pytest.mark.slow
 def test_a_spent_budget_is_said_and_not_hidden(tmp_path: Path) -> None:
     done, rows = smoke(tmp_path / "cpu.csv", "--budget", "0")
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ SAFE: dict[str, Blocks] = {
     },
     "skinny": {
         "bm": 16,
-        "router": _ROUTER | {"splits": 5},
+        "router": _ROUTER | {"splits": 5, "stages": 2},
         "gate_up": {"bn": 64, "bk": 64, "warps": 4, "stages": 2, "group": 1, "tma": False},
         "down": {"bn": 64, "bk": 64, "warps": 4, "stages": 2, "group": 1, "tma": False},
         "combine": {"bd": 512, "warps": 4},
@@ -53,13 +53,15 @@ def choose_path(path: str, n_tokens: int, n_experts: int, k: int) -> str:
 
 
 def safe_blocks(path: str, dtype: torch.dtype) -> Blocks:
-    """Sizes that compile without spills and fit the shared memory of every supported device; float32 halves bk."""
+    """Sizes that compile without spills and fit the shared memory of every supported device; smaller for float32."""
     blocks = SAFE[path]
     if dtype != torch.float32:
         return blocks
     narrow = {
         name: part | {"bk": max(32, part["bk"] // 2)} for name, part in blocks.items() if name in ("gate_up", "down")
     }
+    if path == "tile":
+        narrow["gate_up"] |= {"bn": 32, "warps": 4}
     return blocks | narrow
 
 

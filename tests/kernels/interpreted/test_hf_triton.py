@@ -11,6 +11,7 @@ from workbench_kernels.hf import register_with_transformers
 pytest.importorskip("transformers", minversion="5.0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theirs", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_equal_those_of_transformers(theirs: str, dtype: torch.dtype) -> None:

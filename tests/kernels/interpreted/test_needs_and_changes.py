@@ -46,7 +46,7 @@ def test_each_intervention(path: str, field: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_combinations(path: str, data: st.DataObject) -> None:
     combination(path, data)
@@ -54,7 +54,7 @@ def test_combinations(path: str, data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_many_combinations(path: str, data: st.DataObject) -> None:
     combination(path, data)
