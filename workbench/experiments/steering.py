@@ -19,6 +19,7 @@ from workbench.capture import PAD_ID, pad
 from workbench.chat.parse import label_tokens
 from workbench.errors import ConfigError
 from workbench.experiments.contrasts import Contrast
+from workbench.experiments.identity import describe_model
 from workbench.experiments.result import Result
 from workbench.interventions import AddVector, BiasRouter, Intervention, Where
 from workbench.models import Llama
@@ -125,7 +126,7 @@ def evaluate_steering(
             ]
     frame = pl.DataFrame(rows, schema=["vector", "scale", "pair", "value", "change"], orient="row")
     settings = {
-        "experiment": "steering", "model": model.source, "contrast": steering.name, "point": steering.point,
+        "experiment": "steering", **describe_model(model), "contrast": steering.name, "point": steering.point,
         "outcome": getattr(outcome, "__name__", type(outcome).__name__), "layers": list(layers),
         "scales": list(map(float, scales)), "n_random": n_random, "n_prompts": len(prompts),
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +216,10 @@ def test_a_killed_sweep_continues_and_refuses_another_model(planted: Mechanism, 
         calls.append(1)
         if len(calls) == 30:
             raise KeyboardInterrupt
-        return metric(logits)
+        return metric.score(logits)
 
-    dying.name = "logit_difference"  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
-        patch(m.model, pairs, dying, rows=16, out=tmp_path, progress=False)
+        patch(m.model, pairs, replace(metric, score=dying), rows=16, out=tmp_path, progress=False)
     assert list((tmp_path / "parts").glob("0*.parquet")), "some batches are on disk"
     again = patch(m.model, pairs, metric, rows=16, out=tmp_path, progress=False)
     assert again.frame.drop("value", "recovered").equals(whole.frame.drop("value", "recovered"))
