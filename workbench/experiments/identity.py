@@ -19,12 +19,15 @@ from workbench.interventions import to_json
 from workbench.models import Llama
 
 
-def describe_model(model: Llama) -> dict[str, Any]:
-    """`model` (source, weights, shape), `runs` (how it computes) and `interventions` (what is attached right now)."""
+def describe_model(model: Llama, weights: bool = True) -> dict[str, Any]:
+    """`model` (source, weights, shape), `runs` (how it computes) and `interventions` (what is attached right now).
+
+    weights: read them all, seconds for a large model; what takes one forward pass leaves them out (null).
+    """
     return {
         "model": {
             "source": model.source,
-            "weights": weights_hash(model),
+            "weights": weights_hash(model) if weights else None,
             "config": hashlib.sha256(repr(model.cfg).encode()).hexdigest()[:16],
         },
         "runs": {

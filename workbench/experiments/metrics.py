@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import ShapeError
+from workbench.models.layers import wide
 
 Metric = Callable[[Tensor], Tensor]  # [batch pos d_vocab] -> [batch]
 Ids = int | Sequence[int] | Tensor
@@ -43,7 +44,7 @@ class TokenMetric:
 def logit_difference(correct: Ids, wrong: Ids, pos: int = -1) -> TokenMetric:
     """Logit of `correct` minus logit of `wrong`, each one token id, or one per row [batch]."""
     return TokenMetric(
-        "logit_difference", lambda logits: pick(logits, correct).float() - pick(logits, wrong).float(), pos,
+        "logit_difference", lambda logits: wide(pick(logits, correct)) - wide(pick(logits, wrong)), pos,
         {"correct": _plain(correct), "wrong": _plain(wrong)},
     )  # fmt: skip
 
@@ -51,7 +52,7 @@ def logit_difference(correct: Ids, wrong: Ids, pos: int = -1) -> TokenMetric:
 def log_probability(correct: Ids, pos: int = -1) -> TokenMetric:
     """Log-probability in nats of one token id, or of one per row [batch]."""
     return TokenMetric(
-        "log_probability", lambda logits: pick(logits.float().log_softmax(-1), correct), pos,
+        "log_probability", lambda logits: pick(wide(logits).log_softmax(-1), correct), pos,
         {"correct": _plain(correct)},
     )  # fmt: skip
 
@@ -59,7 +60,7 @@ def log_probability(correct: Ids, pos: int = -1) -> TokenMetric:
 def probability(correct: Ids, pos: int = -1) -> TokenMetric:
     """Probability of one token id, or of one per row [batch]."""
     return TokenMetric(
-        "probability", lambda logits: pick(logits.float().softmax(-1), correct), pos, {"correct": _plain(correct)}
+        "probability", lambda logits: pick(wide(logits).softmax(-1), correct), pos, {"correct": _plain(correct)}
     )
 
 
