@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +10,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from workbench.capture import routed_layers, weights_hash
+from workbench.capture import routed_layers
 from workbench.config import Qwen3MoeConfig
 from workbench.errors import ShapeError
+from workbench.experiments.identity import check_choices, describe_model, digest, mask_digest
 from workbench.experiments.result import Result
 from workbench.experiments.sweeps import sweep
 from workbench.hooks import HookPoint
@@ -63,7 +63,11 @@ def ablate_experts(
             f"modes, layers: expected some of {', '.join(MODES)} and layers {', '.join(map(str, usable))}, "
             f"got {', '.join(unknown) or ', '.join(map(str, chosen))}."
         )
+    _check_experts(model.cfg, tried)
+    check_choices(modes=modes, layers=layers, experts=experts)
     docs = list(names) if names is not None else [str(row) for row in range(len(tokens))]
+    if len(docs) != len(tokens):
+        raise ShapeError(f"names: expected one for each of {len(tokens)} documents, got {len(docs)}.")
     leaves = ("hook_resid_pre", "mlp.hook_expert_ids")
     _, cache = model.run_with_cache(
         tokens, attention_mask=attention_mask, names_filter=[f"blocks.{n}.{leaf}" for n in chosen for leaf in leaves]
@@ -88,11 +92,17 @@ def ablate_experts(
 
     settings = {
         "experiment": "ablation", "modes": list(modes), "layers": chosen, "experts": tried,
-        "model": {"source": model.source, "weights": weights_hash(model)}, "n_docs": len(docs),
-        "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
+        **describe_model(model), "names": docs, "tokens": digest(tokens.long()), "mask": mask_digest(attention_mask),
+        "nll": base.tolist(),
     }  # fmt: skip
     cells = [Ablation(mode, layer, expert) for mode in modes for layer in chosen for expert in tried]
     return sweep(cells, measure, settings, batch_size=16, out=out, name="ablation", progress=progress)
+
+
+def _check_experts(cfg: Qwen3MoeConfig, experts: Sequence[int]) -> None:
+    for expert in experts:
+        if not 0 <= expert < cfg.n_experts:
+            raise ShapeError(f"experts: expected 0 to {cfg.n_experts - 1}, got {expert}.")
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from workbench.errors import ConfigError
 from workbench.experiments.attribution_sites import KINDS, Pair, Site, Versions, aligned, named, patched_metric
-from workbench.experiments.metrics import Metric, metric_name, score_rows
+from workbench.experiments.identity import describe_metric, describe_model
+from workbench.experiments.metrics import Metric, score_rows
 from workbench.experiments.pairs import Pairs
 from workbench.experiments.result import Result
 from workbench.hooks import ActivationCache, HookPoint
@@ -59,7 +60,7 @@ def attribution_patching(
         frames.append(_with_exact(model, pair, estimates, exact_sample, seed))
     frame = named(pl.concat(frames), pairs)
     settings = {
-        "experiment": "attribution_patching", "model": model.source, "metric": metric_name(metric),
+        "experiment": "attribution_patching", **describe_model(model), **describe_metric(metric),
         "kinds": list(kinds), "pairs": pairs.describe(), "exact_sample": exact_sample, "seed": seed,
         "agreement": agreement(frame),
     }  # fmt: skip

@@ -28,7 +28,8 @@ from workbench.experiments.edge_nodes import (
     stream,
     written,
 )
-from workbench.experiments.metrics import Metric, metric_name, recovered, score_rows
+from workbench.experiments.identity import describe_metric, describe_model
+from workbench.experiments.metrics import Metric, recovered, score_rows
 from workbench.experiments.pairs import Pairs
 from workbench.experiments.result import Result
 from workbench.hooks import ActivationCache, HookPoint
@@ -74,7 +75,7 @@ def edge_attribution(
     exact = _measure_edges(model, corrupt, metric, mask, measured, clean_cache, corrupt_cache, base)
     frame = frame.join(exact, on=["pair", "sender", "receiver"], how="left", maintain_order="left")
     settings = {
-        "experiment": "edge_attribution", "model": model.source, "metric": metric_name(metric), "from": list(from_),
+        "experiment": "edge_attribution", **describe_model(model), **describe_metric(metric), "from": list(from_),
         "to": list(to), "pairs": pairs.describe(), "exact_sample": exact_sample, "seed": seed,
         "agreement": _agreement(frame),
     }  # fmt: skip
@@ -115,8 +116,8 @@ def path_patching(
         )
     settings = {
         "experiment": "path_patching",
-        "model": model.source,
-        "metric": metric_name(metric),
+        **describe_model(model),
+        **describe_metric(metric),
         "pairs": pairs.describe(),
     }
     return Result(named(pl.concat(frames), pairs), settings)

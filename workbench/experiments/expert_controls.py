@@ -28,7 +28,7 @@ from workbench.experiments.metrics import Metric
 from workbench.experiments.pairs import Pairs, Runs
 from workbench.experiments.result import Result
 from workbench.models import Llama
-from workbench.stats.resampling import bootstrap_mean, sign_flip_max_t
+from workbench.stats.resampling import sign_flip_max_t, t_interval
 
 CONTROLS = ("random_expert", "gate_matched", "equal_norm")
 
@@ -57,9 +57,11 @@ def expert_controls(
     destroyed ("noise").
 
     One row per control: `effect` and `control_effect` (means over pairs), `difference` (specificity) with its 95%
-    bootstrap interval `low`, `high` over pairs. `p_draws`: the share of draws whose mean reaches the effect, the expert
-    counted as one, on these pairs (null for gate_matched, which is not drawn); `p_pairs`: two-sided sign flip of the
-    difference over pairs, at least 2^(1 - n_pairs). judged: names of the pairs to use.
+    interval `low`, `high` over pairs, by Student's t. `p_draws`: the share of draws whose mean reaches the effect, the
+    expert's own counted as one, on these pairs (null for gate_matched, which is not drawn). Experts are drawn for it
+    from all that ran, the expert itself among them: without an effect of its own it is one of them, and to leave it
+    out would make p too small. `p_pairs`: two-sided sign flip of the difference over pairs, at least 2^(1 - n_pairs).
+    judged: names of the pairs to use.
     """
     runs = expert_runs(model, pairs.only(pos), metric, direction)
     there, here = runs.columns(pairs.columns()[pos])
@@ -78,10 +80,11 @@ def expert_controls(
         "gate_matched": _closest(slot_effects, weights, is_other, table, expert, there, here, direction)[None],
         "equal_norm": _effects(runs, layer, random, here, rows),
     }  # [draw pair] each
-    found = [_judge(name, effect[kept], draws[:, kept], seed) for name, draws in drawn.items()]
+    null = {**drawn, "random_expert": _draw_with(slot_effects, is_other, effect, n_draws, generator)}
+    found = [_judge(name, effect[kept], drawn[name][:, kept], null[name][:, kept], seed) for name in CONTROLS]
     settings = {
         "experiment": "expert_controls", "layer": layer, "expert": expert, "pos": str(pos),
-        "n_judged": sum(kept), "seed": seed, **runs.describe(),
+        "n_judged": sum(kept), "n_draws": n_draws, "n_directions": n_directions, "seed": seed, **runs.describe(),
     }  # fmt: skip
     return Result(pl.DataFrame(found), settings)
 
@@ -173,6 +176,14 @@ def _draw(effects: Tensor, is_other: Tensor, n_draws: int, generator: torch.Gene
     return effects.T.gather(-1, chosen).T
 
 
+def _draw_with(effects: Tensor, is_other: Tensor, own: Tensor, n_draws: int, generator: torch.Generator) -> Tensor:
+    """[draw pair]: as `_draw`, from all experts that ran and the one in question, whether it ran or not."""
+    effects = torch.where(is_other, effects.T, torch.nan)  # [pair k], its own slot left to the last column
+    pool = torch.cat([effects, own[:, None]], dim=1)
+    chosen = torch.multinomial((~pool.isnan()).float(), n_draws, replacement=True, generator=generator)  # [pair draw]
+    return pool.gather(-1, chosen).T
+
+
 def _closest(
     effects: Tensor, weights: Tensor, is_other: Tensor, table: LayerContributions, expert: int, there: Tensor,
     here: Tensor, direction: str,
@@ -187,16 +198,21 @@ def _unit(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return direction / direction.norm(dim=-1, keepdim=True)
 
 
-def _judge(control: str, effect: Tensor, draws: Tensor, seed: int) -> dict[str, Any]:
-    """`effect` [pair] against `draws` [draw pair]."""
+def _judge(control: str, effect: Tensor, draws: Tensor, null: Tensor, seed: int) -> dict[str, Any]:
+    """`effect` [pair] against `draws` [draw pair], and its p among those of `null` [draw pair]."""
     own, other = effect.double().numpy(), draws.double().numpy()
     difference = own - other.mean(0)  # [pair]
-    low, high = bootstrap_mean(difference, seed=seed)
-    reached = int(np.count_nonzero(other.mean(1) >= own.mean()))
-    p_draws = (1 + reached) / (1 + len(other)) if len(other) > 1 else None
+    low, high = t_interval(difference)
+    p_draws = p_among(own, null.double().numpy()) if len(other) > 1 else None
     p_pairs = float(sign_flip_max_t(difference[:, None], seed=seed)[1][0])
     return {
         "control": control, "effect": own.mean(), "control_effect": other.mean(), "difference": difference.mean(),
         "low": float(low), "high": float(high), "p_draws": p_draws, "p_pairs": p_pairs,
         "n_draws": len(other), "n_pairs": len(own),
     }  # fmt: skip
+
+
+def p_among(own: np.ndarray, draws: np.ndarray) -> float:  # [pair], [draw pair]
+    """The share of means that reach `own`'s, its own counted as one, so that it is never 0."""
+    means = np.ascontiguousarray(np.vstack([own, draws])).mean(1)  # one way of summing, so that equals stay equal
+    return float(np.count_nonzero(means >= means[0]) / len(means))

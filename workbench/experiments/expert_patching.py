@@ -24,6 +24,7 @@ from torch import Tensor
 from workbench.capture import routed_layers
 from workbench.config import Qwen3MoeConfig
 from workbench.errors import ShapeError
+from workbench.experiments.identity import check_choices
 from workbench.experiments.metrics import Metric
 from workbench.experiments.pairs import Pairs, Runs
 from workbench.experiments.result import Result
@@ -69,6 +70,9 @@ def patch_experts(
     `recovered` (0 corrupt, 1 clean) and the weights `clean_weight` and `corrupt_weight` the experts had (0: not run).
     Raises ConfigError for a dense model.
     """
+    check_choices(layers=layers, experts=experts, modes=modes)
+    if EVERY in (coalitions or {}):
+        raise ShapeError(f"coalitions: expected other names than {EVERY!r}, which stands for all experts.")
     runs, columns = expert_runs(model, pairs, metric, direction), pairs.columns()
     n_experts = expert_count(model)
     groups = {EVERY: tuple(range(n_experts)), **{n: tuple(e) for n, e in (coalitions or {}).items()}}
@@ -80,7 +84,7 @@ def patch_experts(
         "experiment": "expert_patching", "modes": list(modes), "layers": list(chosen),
         "experts": None if experts is None else list(experts),
         "coalitions": {name: list(group) for name, group in groups.items() if name != EVERY},
-        "positions": list(map(str, columns)), **runs.describe(),
+        "positions": list(columns), **runs.describe(),
     }  # fmt: skip
 
     def measure(batch: Sequence[ExpertCell]) -> pl.DataFrame:
@@ -107,7 +111,9 @@ def patch_experts(
 
 
 def expert_runs(model: Llama, pairs: Pairs, metric: Metric, direction: str = "denoise") -> Runs:
-    """Clean and corrupt run with what the experts read. Raises ConfigError for a dense model."""
+    """Clean and corrupt run with what the experts read. Raises ConfigError for a dense model,
+    InterventionError when what is attached to the model tells tokens apart: experts run outside their prompt here.
+    """
     routed_layers(model)
     return Runs(model, pairs, metric, {"hook_resid_mid"}, direction, both=True)
 
@@ -243,6 +249,8 @@ def run_experts(model: Llama, layer: int, resid_mid: Tensor, ids: Tensor | None 
     prefix = f"blocks.{layer}.mlp.hook_"
     force = [] if ids is None else [(f"{prefix}expert_ids", lambda x, hook: ids)]
     listen = [(f"{prefix}{leaf}", keep) for leaf in ("expert_ids", "routing_weights", "expert_out")]
+    for batch in model.batches:  # else they would act where the last pass had their tokens; see `expert_runs`
+        batch.begin(None, torch.zeros(resid_mid.shape[:2], dtype=torch.long, device=resid_mid.device), None, False)
     with model.hooks([*force, *listen]):
         block.mlp(block.ln2(resid_mid), None)
     return Slots(found["expert_ids"], found["routing_weights"], found["expert_out"])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from workbench.errors import ConfigError, ShapeError
-from workbench.experiments.metrics import Ids
+from workbench.experiments.identity import describe_model
+from workbench.experiments.metrics import Ids, column
 from workbench.experiments.result import Result
 from workbench.hooks import ActivationCache
 from workbench.models import Llama
@@ -35,12 +36,12 @@ def logit_lens(
     target, and the most probable `top_id`. `pair` is the row of tokens [batch pos]; `layer` -1 is the embedding and the
     last layer's row is the model's own prediction. Nothing is trained ("tuned-free"). `pos` None reads every position.
     """
+    wanted = _known(model, targets, tokens)  # [batch]
+    places = _places(tokens, pos)
     names = ["hook_embed", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
     _, cache = model.run_with_cache(
         tokens, attention_mask=attention_mask, names_filter=names, stop_at_layer=model.cfg.n_layers
     )
-    wanted = per_row(targets, tokens)  # [batch]
-    places = _places(tokens, pos)
     frames = []
     for layer, name in enumerate(names, start=-1):
         logits = wide(model.unembed(model.ln_final(cache[name][:, places])))  # [batch pos d_vocab]
@@ -55,7 +56,8 @@ def logit_lens(
     columns = ("pair", "layer", "pos", "logit", "log_probability", "rank", "top_id")
     frame = _without_padding(pl.concat(frames).select(columns).sort("pair", "layer", "pos"), attention_mask)
     return Result(
-        _named(frame), {"experiment": "logit_lens", "model": model.source, "targets": wanted.tolist(), "pos": pos}
+        _named(frame),
+        {"experiment": "logit_lens", **describe_model(model, weights=False), "targets": wanted.tolist(), "pos": pos},
     )
 
 
@@ -83,6 +85,10 @@ def direct_logit_attribution(
     """
     if parts not in PARTS:
         raise ConfigError(f"parts: expected one of {', '.join(PARTS)}, got {parts!r}.")
+    pos = column(pos, tokens.shape[1])
+    for chosen in (correct, wrong):
+        if chosen is not None:
+            _known(model, chosen, tokens)
     logits, cache = model.run_with_cache(tokens, attention_mask=attention_mask, names_filter=_needed(model, parts))
     here = ActivationCache({name: activation[:, pos] for name, activation in cache.items()})  # [batch ...] each
     direction = logit_direction(model, tokens, correct, wrong)  # [batch d_model]
@@ -93,7 +99,8 @@ def direct_logit_attribution(
         frames += _mlp_parts(model, here, layer, direction, parts)
     ids = [per_row(chosen, tokens).tolist() if chosen is not None else None for chosen in (correct, wrong)]
     settings = {
-        "experiment": "direct_logit_attribution", "model": model.source, "correct": ids[0], "wrong": ids[1],
+        "experiment": "direct_logit_attribution", **describe_model(model, weights=False),
+        "correct": ids[0], "wrong": ids[1],
         "pos": pos, "parts": parts, "total": _difference(logits[:, pos], tokens, correct, wrong).tolist(),
     }  # fmt: skip
     return Result(_named(pl.concat(frames).sort("pair", maintain_order=True)), settings)
@@ -135,7 +142,7 @@ def expert_logit_lens(
         frames.append(_grid(values, places, slots=True).with_columns(layer=pl.lit(layer, pl.Int64)))
     order = ["pair", "layer", "pos", "expert", "weight", "top_ids", "top_values", "bottom_ids", "bottom_values"]
     frame = pl.concat(frames).select(order).sort("pair", "layer", "pos", maintain_order=True)
-    settings = {"experiment": "expert_logit_lens", "model": model.source, "pos": pos, "top": top}
+    settings = {"experiment": "expert_logit_lens", **describe_model(model, weights=False), "pos": pos, "top": top}
     return Result(_named(_without_padding(frame, attention_mask)), settings)
 
 
@@ -145,6 +152,14 @@ def per_row(ids: Ids, tokens: Tensor) -> Tensor:  # [batch]
     if chosen.ndim > 1 or (chosen.ndim == 1 and len(chosen) != len(tokens)):
         raise ShapeError(f"token ids: expected one, or one per row [{len(tokens)}], got {tuple(chosen.shape)}.")
     return chosen.expand(len(tokens))
+
+
+def _known(model: Llama, ids: Ids, tokens: Tensor) -> Tensor:  # [batch]
+    """`per_row`, checked against the vocabulary."""
+    chosen = per_row(ids, tokens)
+    if not 0 <= int(chosen.min()) <= int(chosen.max()) < model.cfg.d_vocab:
+        raise ShapeError(f"token ids: expected 0 to {model.cfg.d_vocab - 1}, got {chosen.tolist()}.")
+    return chosen
 
 
 def logit_direction(model: Llama, tokens: Tensor, correct: Ids, wrong: Ids | None = None) -> Tensor:
@@ -235,7 +250,7 @@ def _rows(component: str, layer: int | None, labels: dict[str, Tensor], values: 
 
 
 def _places(tokens: Tensor, pos: int | None) -> list[int]:
-    return list(range(tokens.shape[1])) if pos is None else [pos % tokens.shape[1]]
+    return list(range(tokens.shape[1])) if pos is None else [column(pos, tokens.shape[1])]
 
 
 def _grid(values: dict[str, Tensor], places: Sequence[int], slots: bool = False) -> pl.DataFrame:

@@ -6,14 +6,16 @@ not unembed the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.errors import ShapeError
+from workbench.models.layers import wide
 
 Metric = Callable[[Tensor], Tensor]  # [batch pos d_vocab] -> [batch]
 Ids = int | Sequence[int] | Tensor
@@ -21,29 +23,45 @@ Ids = int | Sequence[int] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class TokenMetric:
-    """A metric of the logits at one position: `score` takes them as [batch d_vocab] and returns [batch]."""
+    """A metric of the logits at one position: `score` takes them as [batch d_vocab] and returns [batch].
+
+    `arguments` are plain JSON values that say, beside the name, what is measured.
+    """
 
     name: str
     score: Callable[[Tensor], Tensor]
     pos: int = -1
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, logits: Tensor) -> Tensor:  # [batch pos d_vocab] -> [batch]
-        return self.score(logits[:, self.pos])
+        return self.score(logits[:, self.column(logits.shape[1])])
+
+    def column(self, n_pos: int) -> int:
+        """`pos` counted from the start. Raises ShapeError when the prompts have no such column."""
+        return column(self.pos, n_pos)
 
 
 def logit_difference(correct: Ids, wrong: Ids, pos: int = -1) -> TokenMetric:
     """Logit of `correct` minus logit of `wrong`, each one token id, or one per row [batch]."""
-    return TokenMetric("logit_difference", lambda logits: pick(logits, correct) - pick(logits, wrong), pos)
+    return TokenMetric(
+        "logit_difference", lambda logits: wide(pick(logits, correct)) - wide(pick(logits, wrong)), pos,
+        {"correct": _plain(correct), "wrong": _plain(wrong)},
+    )  # fmt: skip
 
 
 def log_probability(correct: Ids, pos: int = -1) -> TokenMetric:
     """Log-probability in nats of one token id, or of one per row [batch]."""
-    return TokenMetric("log_probability", lambda logits: pick(logits.log_softmax(-1), correct), pos)
+    return TokenMetric(
+        "log_probability", lambda logits: pick(wide(logits).log_softmax(-1), correct), pos,
+        {"correct": _plain(correct)},
+    )  # fmt: skip
 
 
 def probability(correct: Ids, pos: int = -1) -> TokenMetric:
     """Probability of one token id, or of one per row [batch]."""
-    return TokenMetric("probability", lambda logits: pick(logits.softmax(-1), correct), pos)
+    return TokenMetric(
+        "probability", lambda logits: pick(wide(logits).softmax(-1), correct), pos, {"correct": _plain(correct)}
+    )
 
 
 def kl(reference: Tensor, pos: int = -1) -> TokenMetric:
@@ -51,7 +69,8 @@ def kl(reference: Tensor, pos: int = -1) -> TokenMetric:
 
     `reference` are the logits [batch pos d_vocab] of the run to compare with, or those at `pos` alone [batch d_vocab].
     """
-    target = (reference[:, pos] if reference.ndim == 3 else reference).float().log_softmax(-1)  # [batch d_vocab]
+    at = reference[:, column(pos, reference.shape[1])] if reference.ndim == 3 else reference
+    target = at.float().log_softmax(-1)  # [batch d_vocab]
 
     def score(logits: Tensor) -> Tensor:
         found, aim = logits.float().log_softmax(-1), target.to(logits.device)
@@ -59,7 +78,15 @@ def kl(reference: Tensor, pos: int = -1) -> TokenMetric:
             raise ShapeError(f"kl: expected logits {tuple(aim.shape)} like the reference's, got {tuple(found.shape)}.")
         return (aim.exp() * (aim - found)).sum(-1)
 
-    return TokenMetric("kl", score, pos)
+    aim_digest = hashlib.sha256(target.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return TokenMetric("kl", score, pos, {"reference": aim_digest})
+
+
+def column(pos: int, n_pos: int) -> int:
+    """A column counted from the start; negative ones count from the end. Raises ShapeError when there is none."""
+    if not -n_pos <= pos < n_pos:
+        raise ShapeError(f"pos: expected a column from {-n_pos} to {n_pos - 1}, got {pos}. Count in tokens.")
+    return pos % n_pos
 
 
 def pick(values: Tensor, ids: Ids) -> Tensor:  # [batch d_vocab] -> [batch]
@@ -79,6 +106,11 @@ def score_rows(metric: Metric, logits: Tensor) -> Tensor:  # [batch pos d_vocab]
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ShapeError(f"metric: expected one number per row [{logits.shape[0]}], got {got}. Do not average rows.")
     return values
+
+
+def _plain(ids: Ids) -> int | list[int]:
+    found: int | list[int] = torch.as_tensor(ids).tolist()
+    return found
 
 
 def metric_name(metric: Any) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.capture import pad
 from workbench.errors import ConfigError
+from workbench.experiments.identity import describe_model
 from workbench.experiments.result import Result
 from workbench.hooks import HookPoint
 from workbench.models import Llama
@@ -36,6 +37,8 @@ def ablate_neurons(
     (the sequence), lang, `loss` in nats per token and `change` from the whole model;
     `result.mean("change", by=["neurons"])` of one language's rows has the intervals.
     """
+    if neurons.select("layer", "expert", "neuron").is_duplicated().any():
+        raise ConfigError("neurons: expected each one once, got some twice. Use frame.unique().")
     if not len(neurons):
         raise ConfigError("neurons: expected at least one, got none. Select some first.")
     plain = _losses(model, sequences, {}, batch_size)
@@ -50,7 +53,7 @@ def ablate_neurons(
             for pair, (lang, loss, base) in enumerate(zip(langs, losses, plain, strict=True))
         ]
     settings = {
-        "experiment": "ablate_neurons", "model": model.source, "n_neurons": len(neurons), "n_random": n_random,
+        "experiment": "ablate_neurons", **describe_model(model), "n_neurons": len(neurons), "n_random": n_random,
         "n_sequences": len(sequences), "seed": seed,
     }  # fmt: skip
     return Result(pl.DataFrame(rows, schema=["neurons", "pair", "lang", "loss", "change"], orient="row"), settings)
@@ -69,6 +72,12 @@ def _random_like(model: Llama, chosen: Places, generator: torch.Generator) -> Pl
     for (layer, expert), neurons in chosen.items():
         size = model.cfg.d_mlp if expert is None else model.cfg.d_expert  # type: ignore[union-attr]
         others = [neuron for neuron in torch.randperm(size, generator=generator).tolist() if neuron not in set(neurons)]
+        if len(others) < len(neurons):
+            raise ConfigError(
+                f"neurons: expected at most half of the {size} of layer {layer}"
+                f"{'' if expert is None else f', expert {expert}'}, so that as many others are left to compare with, "
+                f"got {len(neurons)}. Select fewer, or pass n_random=0."
+            )
         drawn[layer, expert] = others[: len(neurons)]
     return drawn
 

@@ -71,6 +71,12 @@ def neuron_activity(
             f"sequences: expected as many languages, groups and places to read, got {len(sequences)}, {len(langs)}, "
             f"{len(groups)}, {len(read)}."
         )
+    for number, (ids, places) in enumerate(zip(sequences, read, strict=True)):
+        outside = [place for place in places if not 0 <= place < len(ids)]
+        if outside:  # beyond its end lies padding, which is no token
+            raise ShapeError(
+                f"read: expected positions from 0 to {len(ids) - 1} in sequence {number}, got {outside[0]}."
+            )
     chosen = list(range(model.cfg.n_layers) if layers is None else layers)
     counter = _Counter(model, chosen, len(sequences))
     for start in range(0, len(sequences), batch_size):

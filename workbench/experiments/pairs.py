@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +10,15 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from workbench.capture import weights_hash
 from workbench.errors import ShapeError
-from workbench.experiments.metrics import Metric, TokenMetric, metric_name, score_rows
+from workbench.experiments.identity import (
+    describe_metric,
+    describe_model,
+    digest,
+    mask_digest,
+    refuse_row_interventions,
+)
+from workbench.experiments.metrics import Metric, TokenMetric, score_rows
 from workbench.models import Llama
 from workbench.models.cache import Prefix
 from workbench.models.layers import check_mask, check_tokens
@@ -52,6 +57,10 @@ class Pairs:
                 raise ShapeError("attention_mask: expected padding on the left, got a padded last position.")
             if self.positions is None and not bool(valid.all()):
                 raise ShapeError("pairs: expected named positions for prompts of several lengths, got none.")
+        if self.names is not None and len(self.names) != self.n_pairs:
+            raise ShapeError(f"names: expected one for each of {self.n_pairs} pairs, got {len(self.names)}.")
+        if len({isinstance(label, str) for label in self.positions or ()}) > 1:
+            raise ShapeError("positions: expected labels that are all text or all numbers, got both.")
         for label, places in (self.positions or {}).items():
             if len(places) != self.n_pairs:
                 raise ShapeError(
@@ -100,9 +109,16 @@ class Pairs:
         return list(self.names) if self.names is not None else [str(pair) for pair in range(self.n_pairs)]
 
     def describe(self) -> dict[str, Any]:
-        masks = [mask for mask in (self.attention_mask, self.corrupt_mask) if mask is not None]
-        data = torch.cat([part.cpu().long() for part in (self.clean, self.corrupt, *masks)]).numpy().tobytes()
-        return {"n_pairs": self.n_pairs, "n_pos": self.n_pos, "tokens": hashlib.sha256(data).hexdigest()[:16]}
+        """Tokens and masks by their digests; names, and the columns each label stands for, in full."""
+        named = {} if self.positions is None else self.columns()
+        return {
+            "n_pairs": self.n_pairs,
+            "n_pos": self.n_pos,
+            "tokens": digest(self.clean.long(), self.corrupt.long()),
+            "masks": [mask_digest(mask) for mask in self.masks],
+            "names": self.unit_names(),
+            "columns": [[label, clean.tolist(), corrupt.tolist()] for label, (clean, corrupt) in named.items()],
+        }
 
 
 class Runs:
@@ -119,6 +135,9 @@ class Runs:
             raise ShapeError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}.")
         for tokens in (pairs.clean, pairs.corrupt):
             check_tokens(tokens, model.cfg)
+        if isinstance(metric, TokenMetric):
+            metric.column(pairs.n_pos)
+        refuse_row_interventions(model, "expert patching" if both else "patching", by_token=both)
         self.model, self.pairs, self.metric, self.direction = model, pairs, metric, direction
         versions = list(zip((pairs.clean, pairs.corrupt), pairs.masks, strict=True))
         source, target = versions if direction == "denoise" else versions[::-1]
@@ -152,7 +171,7 @@ class Runs:
         """
         if not isinstance(self.metric, TokenMetric):
             return 0
-        return min(int(columns.min()), self.metric.pos % self.pairs.n_pos)
+        return min(int(columns.min()), self.metric.column(self.pairs.n_pos))
 
     def continue_from(self, layer: int, x: Tensor, first: int = 0, hooks: Sequence[tuple[str, Any]] = ()) -> Tensor:
         """Run x [(cell pair) pos d_model], columns `first` and later, from `layer` on; the metric [cell pair]."""
@@ -180,7 +199,7 @@ class Runs:
         """The metric, which sees the pairs of one cell at a time; only the positions it reads are unembedded."""
         metric = self.metric
         if isinstance(metric, TokenMetric):
-            read, score = end[:, metric.pos % self.pairs.n_pos - first, None], lambda x: metric.score(x[:, 0])
+            read, score = end[:, metric.column(self.pairs.n_pos) - first, None], lambda x: metric.score(x[:, 0])
         else:
             read, score = end, metric
         logits = self.model.unembed(self.model.ln_final(read))
@@ -202,20 +221,20 @@ class Runs:
 
     def per_pass(self, rows: int | None) -> int:
         """How many cells run together: `rows` sequences' worth, by default what keeps the device busy and no more."""
+        if rows is not None and rows < 1:
+            raise ShapeError(f"rows: expected at least 1, got {rows}.")
         if rows is None:
             n_tokens = 2048 if self.model.device.type == "cpu" else 32768
             rows = n_tokens // self.pairs.n_pos
         return max(1, rows // self.pairs.n_pairs)
 
     def describe(self) -> dict[str, Any]:
-        """What decides the result besides the cells; the metric is known by its name and its values."""
+        """What decides the result besides the cells. A caller's own metric is known by its name and exact values."""
         return {
             "direction": self.direction,
-            "metric": metric_name(self.metric),
-            "model": {"source": self.model.source, "weights": weights_hash(self.model)},
-            "runs": {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device),
-                     "attn_impl": self.model.attn_impl, "moe_impl": self.model.moe_impl},
+            **describe_metric(self.metric),
+            **describe_model(self.model),
             "pairs": self.pairs.describe(),
-            "clean": [round(value, 3) for value in self.clean.tolist()],
-            "corrupt": [round(value, 3) for value in self.corrupt.tolist()],
-        }  # fmt: skip
+            "clean": self.clean.tolist(),
+            "corrupt": self.corrupt.tolist(),
+        }

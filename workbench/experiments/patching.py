@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import ShapeError
+from workbench.experiments.identity import check_choices
 from workbench.experiments.metrics import Metric
 from workbench.experiments.pairs import Pairs, Runs
 from workbench.experiments.result import Result
@@ -74,6 +75,7 @@ def patch(
     metric does not tell clean from corrupt.
     """
     names = [components] if isinstance(components, str) else list(components)
+    check_choices(components=names, layers=layers)
     if all_positions and pairs.corrupt_mask is not None:
         raise ShapeError("all_positions: expected versions of one length, got masks that differ. Name positions.")
     columns = {ALL: None} if all_positions else pairs.columns()
@@ -81,7 +83,7 @@ def patch(
     runs = Runs(model, pairs, metric, {COMPONENTS[name] for name in names}, direction)
     settings = {
         "experiment": "patching", "components": names, "layers": sorted({cell.layer for cell in cells}),
-        "positions": ALL if all_positions else list(map(str, columns)), **runs.describe(),
+        "positions": ALL if all_positions else list(columns), **runs.describe(),
     }  # fmt: skip
 
     def measure(batch: Sequence[Cell]) -> pl.DataFrame:

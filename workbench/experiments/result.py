@@ -12,7 +12,7 @@ import polars as pl
 
 from workbench.errors import RunError
 from workbench.io.run_files import atomic
-from workbench.stats.resampling import bootstrap_mean
+from workbench.stats.resampling import t_interval
 
 _KEY = "workbench"  # of our entry in a Parquet file's metadata
 
@@ -45,9 +45,9 @@ class Result:
             raise RunError(f"{path}: expected a result with settings, got bare Parquet. Write it with Result.write.")
         return cls(frame, json.loads(settings))
 
-    def mean(self, value: str, by: str | Sequence[str], unit: str = "pair", seed: int = 0) -> pl.DataFrame:
+    def mean(self, value: str, by: str | Sequence[str], unit: str = "pair") -> pl.DataFrame:
         """The mean of one column over units, with 95% intervals; see `mean_over`."""
-        return mean_over(self.frame, value, by, unit, seed)
+        return mean_over(self.frame, value, by, unit)
 
     def __repr__(self) -> str:
         return f"{self._heading()}\n{self.frame}"
@@ -60,10 +60,8 @@ class Result:
         return "Result(" + ", ".join(f"{name}={_short(value)}" for name, value in self.settings.items()) + ")"
 
 
-def mean_over(
-    frame: pl.DataFrame, value: str, by: str | Sequence[str], unit: str = "pair", seed: int = 0, n_resamples: int = 2000
-) -> pl.DataFrame:
-    """One row per combination of `by`: mean, and low and high of its 95% bootstrap interval over units.
+def mean_over(frame: pl.DataFrame, value: str, by: str | Sequence[str], unit: str = "pair") -> pl.DataFrame:
+    """One row per combination of `by`: mean, and low and high of its 95% interval over units by Student's t.
 
     The unit is what was drawn at random (a pair of prompts), never a token. Rows of one unit and cell are averaged
     first, so every unit weighs the same; `n_units` counts them. With one unit the interval is missing. Raises RunError
@@ -85,7 +83,7 @@ def mean_over(
     places = cells.select(by).with_row_index("_cell")
     sorted_rows = per_unit.join(ranks, on=unit).join(places, on=by, nulls_equal=True).sort("_unit", "_cell")
     values = sorted_rows[value].to_numpy().reshape(len(units), len(cells))  # [unit cell]
-    low, high = bootstrap_mean(values, n_resamples, seed)
+    low, high = t_interval(values)
     return cells.select(*by, "mean").with_columns(
         low=pl.Series(low).fill_nan(None), high=pl.Series(high).fill_nan(None), n_units=pl.lit(len(units))
     )

@@ -19,6 +19,7 @@ from workbench.capture import PAD_ID, pad
 from workbench.chat.parse import label_tokens
 from workbench.errors import ConfigError
 from workbench.experiments.contrasts import Contrast
+from workbench.experiments.identity import describe_model
 from workbench.experiments.result import Result
 from workbench.interventions import AddVector, BiasRouter, Intervention, Where
 from workbench.models import Llama
@@ -103,9 +104,10 @@ def evaluate_steering(
 
     Frame: vector ("steering" or "random 0" ...), scale, pair (the prompt), `value` of the outcome and `change` from the
     same prompt without steering. `result.mean("change", by=["vector", "scale"])` has the intervals over prompts.
-    Raises ConfigError when a prompt is among those that made the vector.
+    Raises ConfigError when a prompt, or what its user says at whatever effort, is among those that made the vector.
     """
-    overlap = [number for number, prompt in enumerate(prompts) if tuple(prompt) in steering.seen]
+    seen = {_asked(ids, model.tokenizer) for ids in steering.seen}
+    overlap = [number for number, prompt in enumerate(prompts) if _asked(prompt, model.tokenizer) in seen]
     if overlap or not prompts:
         got = f"one of the contrast's own (number {overlap[0]})" if overlap else "none"
         raise ConfigError(
@@ -125,7 +127,7 @@ def evaluate_steering(
             ]
     frame = pl.DataFrame(rows, schema=["vector", "scale", "pair", "value", "change"], orient="row")
     settings = {
-        "experiment": "steering", "model": model.source, "contrast": steering.name, "point": steering.point,
+        "experiment": "steering", **describe_model(model), "contrast": steering.name, "point": steering.point,
         "outcome": getattr(outcome, "__name__", type(outcome).__name__), "layers": list(layers),
         "scales": list(map(float, scales)), "n_random": n_random, "n_prompts": len(prompts),
     }  # fmt: skip
@@ -191,6 +193,13 @@ def _content(model: Llama, prompt: Sequence[int], written: Sequence[int]) -> str
     labels = label_tokens([*prompt, *written], model.tokenizer)[len(prompt) :]
     kept = [token for token, label in zip(written, labels, strict=True) if label not in ("control", "bos")]
     return str(model.tokenizer.to_string(kept, skip_special=True))
+
+
+def _asked(ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+    """What the user says, since another effort or channel makes no other prompt; all of it where nobody does."""
+    labels = label_tokens(ids, tokenizer) if tokenizer is not None else []
+    said = tuple(token for token, label in zip(ids, labels, strict=False) if label == "user")
+    return said or tuple(ids)
 
 
 def _intervention(point: str, layer: int, vector: Tensor, scale: float, where: Where | None) -> Intervention:

@@ -5,7 +5,6 @@ Meng et al., arXiv 2202.05262; with experts restored one at a time as in arXiv 2
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,15 @@ from torch import Tensor
 
 from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.attribution_sites import Site, contribution
-from workbench.experiments.metrics import Metric, TokenMetric, metric_name, score_rows
+from workbench.experiments.identity import (
+    check_choices,
+    describe_metric,
+    describe_model,
+    digest,
+    mask_digest,
+    refuse_row_interventions,
+)
+from workbench.experiments.metrics import Metric, TokenMetric, score_rows
 from workbench.experiments.result import Result
 from workbench.experiments.sweeps import sweep
 from workbench.hooks import ActivationCache, HookPoint
@@ -72,12 +79,12 @@ def causal_tracing(
         for pos in range(tokens.shape[1])
     ] + [Cell("expert", layer, expert, pos) for layer, expert in experts for pos in range(tokens.shape[1])]
     settings = {
-        "experiment": "causal_tracing", "model": model.source, "metric": metric_name(metric),
-        "tokens": hashlib.sha256(tokens.cpu().long().numpy().tobytes()).hexdigest()[:16],
+        "experiment": "causal_tracing", **describe_model(model), **describe_metric(metric),
+        "tokens": digest(tokens.long()), "mask": mask_digest(attention_mask),
         "subjects": [list(map(int, span)) for span in subjects], "components": list(components),
         "experts": [list(map(int, pair)) for pair in experts], "window": window, "noise": noise,
-        "n_samples": n_samples, "seed": seed, "clean": [round(value, 4) for value in trace.clean.tolist()],
-        "blurred": [round(value, 4) for value in trace.blurred.tolist()],
+        "n_samples": n_samples, "seed": seed, "clean": trace.clean.tolist(),
+        "blurred": trace.blurred.tolist(),
     }  # fmt: skip
     result = sweep(cells, trace.measure, settings, batch_size=16, out=out, name="causal tracing", progress=progress)
     return Result(result.frame.filter(pl.col("role") != "padding"), result.settings)
@@ -93,6 +100,8 @@ class _Trace:
         window: int,
     ) -> None:  # fmt: skip
         _check(model, tokens, mask, subjects, components, experts, noise, n_samples, window)
+        check_choices(components=components, experts=experts)
+        refuse_row_interventions(model, "causal tracing")
         self.model, self.metric, self.n_samples, self.window = model, metric, n_samples, window
         self.roles = [
             _roles(tokens.shape[1], span, None if mask is None else mask[i]) for i, span in enumerate(subjects)
@@ -157,9 +166,10 @@ class _Trace:
         return self._score(end, self.n_samples)
 
     def _score(self, end: Tensor, n_samples: int) -> Tensor:  # [(sample pair) pos d_model] -> [pair]
-        read = end[:, self.metric.pos, None] if isinstance(self.metric, TokenMetric) else end
+        metric = self.metric
+        read = end[:, metric.column(end.shape[1]), None] if isinstance(metric, TokenMetric) else end
         logits = self.model.unembed(self.model.ln_final(read))
-        score = self.metric if not isinstance(self.metric, TokenMetric) else _first_position(self.metric)
+        score = metric if not isinstance(metric, TokenMetric) else _first_position(metric)
         parts = [score_rows(score, part) for part in logits.unflatten(0, (n_samples, -1))]
         return torch.stack(parts).double().mean(0).cpu()
 

@@ -53,6 +53,7 @@ class Interventions:
             yield
             return
         batch = Batch(self.label, self.langs, self.n_prompt)
+        batch.items = self.items
         lowered = _lower(self.items, batch, model)
         recorders = [_Recorder(point, fns) for point, fns in _needs_ids(lowered, model)]
         model.batches.append(batch)

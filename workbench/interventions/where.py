@@ -52,6 +52,7 @@ class Batch:
 
     def __init__(self, label: Label | None, langs: Sequence[str] | None, n_prompt: Sequence[int] | None) -> None:
         self.label, self.langs, self.given_n_prompt = label, langs, n_prompt
+        self.items: Sequence[Any] = ()  # the interventions that are attached with it
         self.positions = self.valid = torch.empty(0)
         self.n_prompt = torch.empty(0)
         self._ids: list[list[int]] = []

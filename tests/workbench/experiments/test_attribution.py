@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from workbench.errors import ConfigError, ShapeError
-from workbench.experiments.attribution import SITE_COLUMNS, _both_runs, attribution_patching
+from workbench.experiments.attribution import SITE_COLUMNS, _both_runs, agreement, attribution_patching
 from workbench.experiments.attribution_sites import KINDS, Site, patched_metric
 from workbench.experiments.metrics import logit_difference
 from workbench.experiments.pairs import Pairs
@@ -156,3 +156,12 @@ def test_wrong_requests_are_refused(llama, tokens):
     crossed = Pairs(tokens, tokens, positions={"subject": [(2, 3), (2, 2)]})
     with pytest.raises(ShapeError, match="column by column"):
         attribution_patching(llama, crossed, logit_difference(7, 9), kinds=["head"])
+
+
+def test_agreement_sees_the_sign():
+    """An estimate that is right in size and wrong in sign disagrees."""
+    rows = [{"kind": "head", "layer": n, "pos": 0, "head": 0, "expert": None, "neuron": None} for n in range(4)]
+    values = pl.Series([-2.0, -1.0, 1.0, 3.0])
+    frame = pl.DataFrame(rows).with_columns(value=values, exact=-values)
+    assert agreement(frame)["head"]["pearson"] == pytest.approx(-1)
+    assert agreement(frame)["head"]["spearman"] == pytest.approx(-1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import polars as pl
 import pytest
 import torch
 from torch import Tensor
 
 from workbench.errors import ConfigError, ShapeError
-from workbench.experiments.expert_controls import expert_controls, find_expert, split_pairs
-from workbench.experiments.expert_patching import patch_experts
+from workbench.experiments.expert_controls import _draw_with, expert_controls, find_expert, p_among, split_pairs
+from workbench.experiments.expert_patching import patch_experts, run_deltas
 from workbench.experiments.metrics import logit_difference
 from workbench.experiments.pairs import Pairs
 from workbench.hooks import HookPoint
@@ -174,3 +177,54 @@ def test_what_cannot_be_patched_is_named(llama: Llama, moe: Qwen3Moe, pairs: Pai
         find_expert(
             m.model, Pairs(m.clean, m.corrupt), logit_difference(m.correct, m.wrong), 0, min_active=1.1, progress=False
         )
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+@pytest.mark.parametrize("active", [True, False])
+def test_p_is_calibrated_when_all_experts_are_alike(k: int, active: bool) -> None:
+    """Exchangeable effects: p of 0.05 or less comes in about 5% of the tries, the expert itself being in the pool."""
+    generator = torch.Generator().manual_seed(k)
+    small = 0
+    for _ in range(400):
+        effects = torch.randn(k, 8, generator=generator)
+        is_other = torch.ones(8, k).bool()
+        is_other[:, 0] = not active
+        own = effects[0] if active else torch.randn(8, generator=generator)
+        draws = _draw_with(effects, is_other, own, 199, generator)
+        assert draws.shape == (199, 8)
+        small += p_among(own.double().numpy(), draws.double().numpy()) <= 0.05
+    assert small / 400 <= 0.085
+
+
+def test_p_counts_the_effect_itself_and_its_equals() -> None:
+    draws = np.array([[0.1, 0.1], [0.2, 0.3], [0.3, 0.2]])
+    assert p_among(np.array([1.0, 1.0]), draws) == 1 / 4, "never 0"
+    assert p_among(np.array([0.2, 0.3]), draws) == 3 / 4
+    assert p_among(np.array([0.0, 0.0]), draws) == 1
+
+
+def test_random_directions_are_as_long_as_the_patch_in_every_pair(
+    moe: Qwen3Moe, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[Tensor] = []
+
+    def noted(runs: Any, layer: int, deltas: Tensor, places: Tensor) -> Tensor:
+        passed.extend(deltas)
+        return run_deltas(runs, layer, deltas, places)
+
+    monkeypatch.setattr("workbench.experiments.expert_controls.run_deltas", noted)
+    _, cache = moe.run_with_cache(pairs.clean)
+    expert = int(cache["expert_ids", 2][0, 3, 0])
+    expert_controls(moe, pairs, METRIC, 2, expert, 3, n_directions=5)
+    own, random = passed[0].norm(dim=-1), torch.stack(passed[-5:]).norm(dim=-1)  # [pair], [direction pair]
+    assert abs(float(own[0] - own[1])) > 1e-3, "lengths differ, so that their mean would be seen"
+    torch.testing.assert_close(random, own.expand(5, -1), atol=1e-5, rtol=1e-4)
+
+
+def test_controls_have_student_intervals(moe: Qwen3Moe) -> None:
+    clean = torch.randint(5, 60, (5, 7), generator=torch.Generator().manual_seed(0))
+    table = expert_controls(moe, Pairs(clean, clean.roll(1, 1)), METRIC, 2, 1, 3, n_draws=9, n_directions=3).frame
+    centre = (table["low"] + table["high"]) / 2
+    assert centre.to_list() == pytest.approx(table["difference"].to_list(), abs=1e-9), (
+        "symmetric, as a bootstrap's is not"
+    )

@@ -137,3 +137,31 @@ def test_wrong_requests_are_refused(nano, nano_dense):
         expert_logit_lens(nano_dense, tokens)
     with pytest.raises(ShapeError, match="one per row"):
         logit_lens(nano, tokens, [1, 2])
+
+
+def test_expert_lens_freezes_the_scale_of_each_position(moe, tokens):
+    """Nothing later reaches a position, so each reads as the last one of a shorter prompt does."""
+    whole = expert_logit_lens(moe, tokens, pos=None).frame
+    for pos in (0, 3):
+        mine = whole.filter(pl.col("pos") == pos)
+        alone = expert_logit_lens(moe, tokens[:, : pos + 1]).frame
+        assert mine["expert"].to_list() == alone["expert"].to_list()
+        for name in ("top_values", "bottom_values"):
+            torch.testing.assert_close(
+                torch.tensor(mine[name].to_list()), torch.tensor(alone[name].to_list()), atol=1e-5, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda m, t: logit_lens(m, t, 5, pos=99), "pos: expected a column from -7 to 6, got 99"),
+        (lambda m, t: expert_logit_lens(m, t, pos=7), "pos: expected a column from -7 to 6, got 7"),
+        (lambda m, t: direct_logit_attribution(m, t, 5, pos=-8), "pos: expected a column from -7 to 6, got -8"),
+        (lambda m, t: logit_lens(m, t, [5, 60]), "token ids: expected 0 to 59"),
+        (lambda m, t: direct_logit_attribution(m, t, 5, -1), "token ids: expected 0 to 59"),
+    ],
+)
+def test_places_and_tokens_that_do_not_exist_are_refused(moe, tokens, run, message):
+    with pytest.raises(ShapeError, match=message):
+        run(moe, tokens)

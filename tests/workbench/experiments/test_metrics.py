@@ -6,6 +6,7 @@ from torch import Tensor
 
 from workbench.errors import ShapeError
 from workbench.experiments.metrics import (
+    TokenMetric,
     kl,
     log_probability,
     logit_difference,
@@ -56,3 +57,10 @@ def test_metrics_that_do_not_fit_are_named(logits: Tensor) -> None:
     with pytest.raises(ShapeError, match=r"metric: expected one number per row \[3\], got \(\)"):
         score_rows(lambda x: x.mean(), logits)
     assert metric_name(kl(logits)) == "kl"
+
+
+@pytest.mark.parametrize("metric", [log_probability(2), probability(2), logit_difference(2, 3)])
+def test_half_precision_logits_are_scored_in_float32(logits: Tensor, metric: TokenMetric) -> None:
+    half = logits.bfloat16()
+    assert metric(half).dtype == torch.float32
+    assert torch.equal(metric(half), metric(half.float()))

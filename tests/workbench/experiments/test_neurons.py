@@ -183,3 +183,23 @@ def test_wrong_requests_are_refused(llama):
         average_precision(activity, "ja")
     with pytest.raises(ConfigError, match="at least one"):
         ablate_neurons(llama, pl.DataFrame({"layer": [], "expert": [], "neuron": []}), sequences, langs)
+
+
+def test_a_control_must_be_as_large_as_what_is_selected(model):
+    sequences, langs, _ = corpus(6)
+    expert, size = (1, model.cfg.d_expert) if model.cfg.is_moe else (None, model.cfg.d_mlp)
+    rows = [(0, expert, neuron) for neuron in range(size // 2 + 1)]
+    chosen = pl.DataFrame(rows, schema={"layer": pl.Int64, "expert": pl.Int64, "neuron": pl.Int64}, orient="row")
+    with pytest.raises(ConfigError, match=f"expected at most half of the {size} of layer 0"):
+        ablate_neurons(model, chosen, sequences, langs)
+    half = ablate_neurons(model, chosen[: size // 2], sequences, langs, n_random=1).frame
+    assert half.filter(pl.col("neurons") == "random 0")["change"].abs().max() > 0
+    assert len(ablate_neurons(model, chosen, sequences, langs, n_random=0).frame) == len(sequences)
+    with pytest.raises(ConfigError, match="expected each one once"):
+        ablate_neurons(model, pl.concat([chosen, chosen]), sequences, langs)
+
+
+@pytest.mark.parametrize("place", [3, -1])
+def test_padding_is_not_read(model, place):
+    with pytest.raises(ShapeError, match=f"read: expected positions from 0 to 2 in sequence 0, got {place}"):
+        neuron_activity(model, [[5, 6, 7], [5, 6, 7, 8, 9]], ["ja", "en"], ["g", "g"], read=[[place], [4]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,27 @@ def test_under_interventions_both_runs_and_every_patch_are_changed(moe: Qwen3Moe
         assert rows["value"].to_list() == pytest.approx(metric(logits).tolist(), abs=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_versions_padded_differently_are_each_read_as_they_are_alone(nano: Llama, direction: str) -> None:
+    """Between languages one version is longer: the patched run keeps its own padding, not the other's."""
+    long, short = torch.arange(300, 306)[None], torch.arange(400, 404)[None]
+    padded = torch.cat([torch.full((1, 2), 4), short], dim=1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    pairs = Pairs(long, padded, torch.ones_like(mask), {"s": [(4, 1)]}, corrupt_mask=mask)
+    metric, point = logit_difference(700, 900), "blocks.2.hook_resid_pre"
+    found = patch(nano, pairs, metric, layers=[2], direction=direction, progress=False).frame["value"].to_list()
+    (source, there), (target, here) = [(long, 4), (short, 1)][:: 1 if direction == "denoise" else -1]
+    _, cache = nano.run_with_cache(source, names_filter=[point])
+
+    def put(x: Tensor, hook: HookPoint) -> Tensor:
+        x = x.clone()
+        x[:, here] = cache[point][:, there]
+        return x
+
+    assert found == pytest.approx(metric(nano.run_with_hooks(target, fwd_hooks=[(point, put)])).tolist(), abs=1e-4)
+
+
 def test_patching_all_positions_gives_the_other_run(nano: Llama) -> None:
     pairs = Pairs(torch.arange(300, 306)[None], torch.arange(400, 406)[None])
     result = patch(nano, pairs, logit_difference(700, 900), ["resid_post"], all_positions=True, progress=False)
@@ -215,11 +237,10 @@ def test_a_killed_sweep_continues_and_refuses_another_model(planted: Mechanism, 
         calls.append(1)
         if len(calls) == 30:
             raise KeyboardInterrupt
-        return metric(logits)
+        return metric.score(logits)
 
-    dying.name = "logit_difference"  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
-        patch(m.model, pairs, dying, rows=16, out=tmp_path, progress=False)
+        patch(m.model, pairs, replace(metric, score=dying), rows=16, out=tmp_path, progress=False)
     assert list((tmp_path / "parts").glob("0*.parquet")), "some batches are on disk"
     again = patch(m.model, pairs, metric, rows=16, out=tmp_path, progress=False)
     assert again.frame.drop("value", "recovered").equals(whole.frame.drop("value", "recovered"))

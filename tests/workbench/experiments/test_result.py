@@ -8,7 +8,7 @@ import pytest
 
 from workbench.errors import RunError
 from workbench.experiments.result import Result, mean_over
-from workbench.stats.resampling import bootstrap_mean
+from workbench.stats.resampling import t_interval
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_means_and_intervals_are_those_of_the_units(result: Result) -> None:
     table = result.mean("value", by=["layer", "pos"])
     assert table.columns == ["layer", "pos", "mean", "low", "high", "n_units"]
     values = result.frame["value"].to_numpy().reshape(4, 2, 3)  # [pair layer pos]
-    low, high = bootstrap_mean(values)
+    low, high = t_interval(values)
     assert table["layer"].to_list() == [1, 1, 1, 0, 0, 0], "in the order of the frame"
     np.testing.assert_allclose(table["mean"].to_numpy().reshape(2, 3), values.mean(0))
     np.testing.assert_allclose(table["low"].to_numpy().reshape(2, 3), low)

@@ -134,3 +134,10 @@ def test_prompts_of_the_contrast_and_unknown_places_are_refused(nano, nano_dense
         steering_vectors(nano_dense, contrast, "router_logits")
     with pytest.raises(ConfigError, match="a position to read"):
         Contrast("empty", [[1]], [[2]], [[0]], [[]])
+
+
+def test_the_same_question_at_another_effort_is_not_held_out(nano, prompts):
+    few = select(prompts, split="discovery")[:2]
+    steering = steering_vectors(nano, effort_contrast(few, nano.tokenizer, "high", "low"))
+    with pytest.raises(ConfigError, match="expected held-out ones, got one of the contrast's own"):
+        evaluate_steering(nano, steering, [chat(few[1].text, nano.tokenizer, "medium")], log_odds(5, 6), layers=[1])
