@@ -42,6 +42,23 @@ class Where:
         if self.phase not in (None, *PHASES):
             raise InterventionError(f"phase: expected prefill, decode or none, got {self.phase!r}.")
 
+    def meets(self, other: Where) -> bool:
+        """Whether some token may lie in both, layers aside; positions from the start and the end may coincide."""
+        pairs = [(self.segments, other.segments), (self.langs, other.langs)]
+        if _one_sided(self.positions) and _one_sided(other.positions) and _from_end(self) == _from_end(other):
+            pairs.append((self.positions, other.positions))  # type: ignore[arg-type]
+        apart = any(a is not None and b is not None and not set(a) & set(b) for a, b in pairs)
+        nowhere = any(() in (w.positions, w.segments, w.langs) for w in (self, other))
+        return not apart and not nowhere and (None in (self.phase, other.phase) or self.phase == other.phase)
+
+    def covers(self, other: Where) -> bool:
+        """Whether every token of `other` lies here too, layers aside."""
+        for name in ("positions", "segments", "langs"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None and (theirs is None or not set(theirs) <= set(mine)):
+                return False
+        return self.phase in (None, other.phase)
+
     def to_json(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
@@ -52,6 +69,7 @@ class Batch:
 
     def __init__(self, label: Label | None, langs: Sequence[str] | None, n_prompt: Sequence[int] | None) -> None:
         self.label, self.langs, self.given_n_prompt = label, langs, n_prompt
+        self.items: Sequence[Any] = ()  # the interventions that are attached with it
         self.positions = self.valid = torch.empty(0)
         self.n_prompt = torch.empty(0)
         self._ids: list[list[int]] = []
@@ -126,6 +144,14 @@ class Batch:
             n_new = int(real.sum())
             found[row, real] = torch.tensor([label in segments for label in labels[len(labels) - n_new :]]).bool()
         return found.to(self.valid.device)
+
+
+def _one_sided(positions: tuple[int, ...] | None) -> bool:
+    return bool(positions) and len({position < 0 for position in positions or ()}) == 1
+
+
+def _from_end(where: Where) -> bool:
+    return bool(where.positions) and where.positions is not None and where.positions[0] < 0
 
 
 def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...] | None:
