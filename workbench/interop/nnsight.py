@@ -36,8 +36,24 @@ _GROUPS = {
 }
 
 
+# Weak on both sides: a wrapper holds its model, and neither should outlive its last user.
+_WRAPPED: weakref.WeakKeyDictionary[Llama, weakref.ref[WorkbenchNNsight]] = weakref.WeakKeyDictionary()
+
+
+class _Watcher:
+    """Marks a watcher as ours, among those of a hook point."""
+
+    def __init__(self, wants: Callable[[], bool]) -> None:
+        self.wants = wants
+
+    def __call__(self) -> bool:
+        return self.wants()
+
+
 def wrap(model: Llama) -> WorkbenchNNsight:
     """An NNsight model over `model`, sharing its weights: `wrap(model).blocks[0].mlp.hook_router_logits.output`.
+
+    Wrapping a model again gives the same wrapper.
 
     A trace or invoke takes a text (with the model's tokenizer, no chat template), a list of token ids, a list of such
     lists, or a tensor [batch pos] with an optional `attention_mask`. Invokes of different lengths are padded on the
@@ -48,9 +64,15 @@ def wrap(model: Llama) -> WorkbenchNNsight:
     Our own hooks on a point run first: nnsight sees what they returned. Raises HookError when `hook_expert_load` is
     read in a trace of several invokes, since it counts all prompts of the batch together.
     """
+    known = _WRAPPED.get(model)
+    if known is not None and (wrapped := known()) is not None:
+        return wrapped
     wrapped = WorkbenchNNsight(model, envoys={HookPoint: PointEnvoy})
     for name, point in model.hook_dict.items():
-        point.watchers.append(_watcher(wrapped.interleaver, name))
+        # the watchers of a wrapper that is gone would be asked at every pass for nothing
+        point.watchers[:] = [old for old in point.watchers if not isinstance(old, _Watcher)]
+        point.watchers.append(_Watcher(_watcher(wrapped.interleaver, name)))
+    _WRAPPED[model] = weakref.ref(wrapped)
     return wrapped
 
 

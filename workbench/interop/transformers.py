@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import polars as pl
@@ -38,6 +39,8 @@ def attach(hf_model: Qwen3MoeForCausalLM) -> Recorder:
 class Recorder:
     """What `attach` returns. Sequences are numbered in order of appearance; a pass without a cache starts new ones.
 
+    A pass that fails midway leaves no trace. Beam search raises RunError, since it moves rows between sequences.
+
     In generation only tokens that were fed to the model are recorded: the last written one never is, and rows that
     have ended (which transformers keeps feeding with padding) stop at their end token.
     """
@@ -59,8 +62,14 @@ class Recorder:
         self._places: list[tuple[np.ndarray, np.ndarray]] = []  # per pass: sequence and pos of its kept tokens
         self._found: dict[int, list[tuple[np.ndarray, ...]]] = {layer: [] for layer in gates}
         self._kept = torch.empty(0, dtype=torch.bool)  # [batch pos] of the pass that is running
+        self._n_before = 0  # passes before the batch that is running
+        self._caches: WeakSet[Any] = WeakSet()  # of transformers, that may not be reordered while we record
+        self._running: dict[int, tuple[np.ndarray, ...]] = {}  # by layer, of that pass; kept once it has succeeded
         self._ended = torch.empty(0, dtype=torch.bool)  # [batch]
-        self._handles = [hf_model.register_forward_pre_hook(self._on_input, with_kwargs=True)]
+        self._handles = [
+            hf_model.register_forward_pre_hook(self._on_input, with_kwargs=True),
+            hf_model.register_forward_hook(self._on_success, with_kwargs=True),
+        ]
         for layer, gate in gates.items():
             self._handles.append(gate.register_forward_hook(lambda _m, _i, out, at=layer: self._on_router(at, out)))
 
@@ -74,10 +83,12 @@ class Recorder:
         """Stop recording; what was recorded stays."""
         for handle in self._handles:
             handle.remove()
+        for cache in self._caches:
+            vars(cache).pop("reorder_cache", None)
 
     def clear(self) -> None:
         """Forget what was recorded; the next sequence is number 0 again."""
-        self._n_sequences = self._first = 0
+        self._n_sequences = self._first = self._n_before = 0
         self._places.clear()
         for found in self._found.values():
             found.clear()
@@ -113,22 +124,59 @@ class Recorder:
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         past = kwargs.get("past_key_values")
         n_past = past.get_seq_length() if past is not None else 0
+        if past is not None:
+            past.reorder_cache = self._refuse_beams
+            self._caches.add(past)
         valid = _valid(mask, shape, n_past)  # bool [batch past+pos]
         pos = (valid.cumsum(1) - 1)[:, n_past:]
         kept = valid[:, n_past:]
+        first, ended = self._first, self._ended
         if n_past == 0:
-            self._first, self._n_sequences = self._n_sequences, self._n_sequences + shape[0]
-            self._ended = torch.zeros(shape[0], dtype=torch.bool)
+            first, ended = self._n_sequences, torch.zeros(shape[0], dtype=torch.bool)
         elif ids is not None:
-            kept = kept & ~self._ended[:, None]
-            self._ended = self._ended | torch.isin(ids.cpu(), self._end_ids).any(1)
+            kept = kept & ~ended[:, None]
+            ended = ended | torch.isin(ids.cpu(), self._end_ids).any(1)
         self._kept = kept
-        rows = torch.arange(self._first, self._first + shape[0])[:, None].expand(shape)
-        self._places.append((rows[kept].numpy(), pos[kept].numpy()))
+        self._running.clear()
+        rows = torch.arange(first, first + shape[0])[:, None].expand(shape)
+        place = rows[kept].numpy(), pos[kept].numpy()
+        self._begun = _Pass(place, n_past == 0, first, shape[0], ended)
 
     def _on_router(self, layer: int, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits, weights, ids = (part.detach()[self._kept.flatten().to(part.device)] for part in output)
-        self._found[layer].append(tuple(part.cpu().numpy() for part in routing_values(logits, ids, weights).values()))
+        values = routing_values(logits, ids, weights).values()
+        self._running[layer] = tuple(part.cpu().numpy() for part in values)
+
+    def _on_success(self, _module: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+        """Keep the pass that just ended: one that fails midway never comes here."""
+        begun = self._begun
+        if begun.is_new:
+            self._n_before, self._n_sequences = len(self._places), begun.first + begun.n_rows
+        self._first, self._ended = begun.first, begun.ended
+        self._places.append(begun.place)
+        for layer, values in self._running.items():
+            self._found[layer].append(values)
+
+    def _refuse_beams(self, _beams: Tensor) -> None:
+        """Forget the batch whose rows are about to move, and say why."""
+        self._n_sequences = self._first
+        del self._places[self._n_before :]
+        for found in self._found.values():
+            del found[self._n_before :]
+        raise RunError(
+            "recorder: expected rows that stay what they are, got beam search, which moves them between sequences. "
+            "Generate with num_beams=1, or detach first."
+        )
+
+
+class _Pass(NamedTuple):
+    """A forward pass that has begun: where its kept tokens belong, and what the recorder knows once it succeeds."""
+
+    place: tuple[np.ndarray, np.ndarray]  # sequence and pos of each kept token
+    is_new: bool  # no cache: its rows are new sequences
+    first: int
+    n_rows: int
+    ended: Tensor  # [batch]
 
 
 def _valid(mask: Tensor | None, shape: torch.Size, n_past: int) -> Tensor:  # bool [batch past+pos], on the CPU

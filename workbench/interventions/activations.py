@@ -14,7 +14,8 @@ from torch import Tensor
 
 from workbench.errors import InterventionError
 from workbench.hooks import HookPoint
-from workbench.interventions.base import Edit, Intervention, Site, align, as_tensor, pack, resolve_point
+from workbench.interventions.base import Edit, Intervention, Site, align, pack, plus, resolve_point
+from workbench.interventions.values import as_integers, as_mapping, as_number, as_tensor, check_recorded
 from workbench.interventions.where import Where
 
 
@@ -24,7 +25,12 @@ class _AtPoint(Intervention):
 
     point: str = "resid_post"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.point, str):
+            raise InterventionError(f"point: expected the name of a hook point, got {self.point!r}.")
+
     def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
+        self._check_layers(model)
         points = dict.fromkeys(resolve_point(model, self.point, layer) for layer in self.layers(model))
         for point in points:  # a full name is one point, whatever the layer
             axes = _checked_axes(self.kind, point)
@@ -36,23 +42,18 @@ class _AtPoint(Intervention):
     def _edit(self, x: Tensor, site: Site) -> Tensor:
         return x
 
+    def _check_layers(self, model: Any) -> None:
+        """A full name says its layer itself: `where` may name no other."""
+        layers = self.where.layers
+        if not layers or self.point not in model.hook_dict:
+            return
+        if not self.point.startswith("blocks.") or layers != (model.hook_dict[self.point].layer(),):
+            raise InterventionError(
+                f"{self.kind} layers: expected none with the full name {self.point}, got {layers}. Name its leaf alone."
+            )
+
     def _limited(self, axes: list[str], sizes: Mapping[str, int]) -> Edit:
-        """The edit, kept to some heads if `where` says so."""
-        heads = self.where.heads
-        if heads is None:
-            return self._edit
-        if len(axes) != 4 or not axes[2].endswith("head"):
-            raise InterventionError(f"{self.kind} heads: expected a point with a head axis, got {self.point!r}.")
-        unknown = [head for head in heads if not 0 <= head < sizes[axes[2]]]
-        if unknown:
-            raise InterventionError(f"{self.kind} heads: expected 0 to {sizes[axes[2]] - 1}, got {unknown[0]}.")
-
-        def edit(x: Tensor, site: Site) -> Tensor:  # [batch pos head d_head]
-            chosen = torch.zeros(x.shape[2], dtype=torch.bool, device=x.device)
-            chosen[list(heads)] = True
-            return torch.where(chosen[:, None], self._edit(x, site), x)
-
-        return edit
+        return _on_heads(self._edit, self.where.heads, f"{self.kind} heads", self.point, axes, sizes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,13 +64,15 @@ class AddVector(_AtPoint, kind="add_vector"):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "vector", as_tensor("vector", self.vector))
+        object.__setattr__(self, "scale", as_number("scale", self.scale))
 
     def _check(self, point: HookPoint, axes: list[str], sizes: Mapping[str, int]) -> None:
         _check_trailing("vector", self.vector, point, axes, sizes)
 
     def _edit(self, x: Tensor, site: Site) -> Tensor:
-        return x + (self.scale * self.vector).to(x)
+        return plus(x, self.scale * self.vector)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +83,9 @@ class ProjectOut(_AtPoint, kind="project_out"):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_tensor("direction", self.direction, n_dims=1).float())
+        object.__setattr__(self, "scale", as_number("scale", self.scale))
         if not self.direction.norm() > 0:
             raise InterventionError("direction: expected a vector with a length, got zeros.")
 
@@ -101,13 +106,16 @@ class SetActivation(_AtPoint, kind="set_activation"):
     value: Tensor | float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "value", as_tensor("value", self.value))
 
     def _check(self, point: HookPoint, axes: list[str], sizes: Mapping[str, int]) -> None:
-        _check_trailing("value", as_tensor("value", self.value), point, axes, sizes)
+        assert isinstance(self.value, Tensor)
+        _check_trailing("value", self.value, point, axes, sizes)
 
     def _edit(self, x: Tensor, site: Site) -> Tensor:
-        return as_tensor("value", self.value).to(x).expand_as(x)
+        assert isinstance(self.value, Tensor)
+        return self.value.to(x).expand_as(x)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +125,8 @@ class ScaleActivation(_AtPoint, kind="scale_activation"):
     factor: float
 
     def __post_init__(self) -> None:
-        as_tensor("factor", self.factor, n_dims=0)
+        super().__post_init__()
+        object.__setattr__(self, "factor", as_number("factor", self.factor))
 
     def _edit(self, x: Tensor, site: Site) -> Tensor:
         return x * self.factor
@@ -135,45 +144,66 @@ class PatchActivations(Intervention, kind="patch_activations"):
     lengths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        values = {name: as_tensor(f"values of {name}", value) for name, value in dict(self.values).items()}
+        given = as_mapping("values", self.values)
+        values = {name: as_tensor(f"values of {name}", value) for name, value in given.items()}
         object.__setattr__(self, "values", values)
-        object.__setattr__(self, "lengths", tuple(self.lengths))
+        object.__setattr__(self, "lengths", as_integers("lengths", self.lengths))
         for name, value in values.items():
-            if value.ndim < 3 or value.shape[0] != len(self.lengths) or max(self.lengths) > value.shape[1]:
-                raise InterventionError(
-                    f"values of {name}: expected [row position ...] for {len(self.lengths)} rows, "
-                    f"got {tuple(value.shape)}. Use PatchActivations.from_cache."
-                )
+            check_recorded(f"values of {name}", value, self.lengths)
 
     @classmethod
     def from_cache(
         cls, cache: Mapping[str, Tensor], attention_mask: Tensor | None = None, where: Where | None = None
     ) -> PatchActivations:
-        """Everything in a cache of `run_with_cache`, whose run had this mask."""
-        packed = {name: pack(value, attention_mask) for name, value in cache.items()}
+        """The activations in a cache of `run_with_cache`, whose run had this mask.
+
+        Left out is what is none: expert ids (see FreezeRouting) and counts over the batch.
+        """
+        tokenwise = {name: value for name, value in cache.items() if value.ndim > 2 and value.is_floating_point()}
+        packed = {name: pack(value, attention_mask) for name, value in tokenwise.items()}
         lengths = next(iter(packed.values()))[1] if packed else ()
         values = {name: value for name, (value, _) in packed.items()}
         return cls(values=values, lengths=lengths, where=where or Where())
 
     def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
-        layers = self.layers(model)
+        layers, n_found = self.layers(model), 0
         for name, value in self.values.items():
             point = resolve_point(model, name, 0)
-            axes = _checked_axes(self.kind, point)
-            _check_trailing(name, value[0, 0], point, axes, _sizes(model))
-            if not name.startswith("blocks.") or point.layer() in layers:
-                yield name, _patch(name, value, self.lengths, self.where.heads)
+            axes, sizes = _checked_axes(self.kind, point), _sizes(model)
+            _check_trailing(name, value[0, 0], point, axes, sizes)
+            whole = _patch(name, value, self.lengths)
+            edit = _on_heads(whole, self.where.heads, f"{self.kind} heads", name, axes, sizes)
+            if self.where.layers is None or (point.name.startswith("blocks.") and point.layer() in layers):
+                n_found += 1
+                yield point.name, edit
+        if layers and not n_found:
+            raise InterventionError(f"{self.kind} layers: expected some with recorded values, got {layers}.")
 
 
-def _patch(name: str, value: Tensor, lengths: tuple[int, ...], heads: tuple[int, ...] | None) -> Edit:
+def _patch(name: str, value: Tensor, lengths: tuple[int, ...]) -> Edit:
     def edit(x: Tensor, site: Site) -> Tensor:
         there, known = align(value, lengths, site.batch, name)
-        new = torch.where(known.view(*known.shape, *[1] * (x.ndim - 2)), there.to(x), x)
-        if heads is None:
-            return new
-        x = x.clone()
-        x[:, :, list(heads)] = new[:, :, list(heads)]
-        return x
+        return torch.where(known.view(*known.shape, *[1] * (x.ndim - 2)), there.to(x), x)
+
+    return edit
+
+
+def _on_heads(
+    whole: Edit, heads: tuple[int, ...] | None, what: str, point: str, axes: list[str], sizes: Mapping[str, int]
+) -> Edit:
+    """The edit, kept to some heads if there are any named. Raises InterventionError where there is no head axis."""
+    if heads is None:
+        return whole
+    if len(axes) != 4 or not axes[2].endswith("head"):
+        raise InterventionError(f"{what}: expected a point with a head axis, got {point!r}.")
+    unknown = [head for head in heads if not 0 <= head < sizes[axes[2]]]
+    if unknown:
+        raise InterventionError(f"{what}: expected 0 to {sizes[axes[2]] - 1}, got {unknown[0]}.")
+
+    def edit(x: Tensor, site: Site) -> Tensor:  # [batch pos head d_head]
+        chosen = torch.zeros(x.shape[2], dtype=torch.bool, device=x.device)
+        chosen[list(heads)] = True
+        return torch.where(chosen[:, None], whole(x, site), x)
 
     return edit
 

@@ -50,8 +50,16 @@ class Intervention:
         raise InterventionError(f"{type(self).__name__}: expected a kind of intervention, got the base of all.")
         yield
 
+    def decides(self, model: Any) -> frozenset[str]:
+        """The leaves whose tensor this replaces whole, whatever the router or an earlier item put there."""
+        return frozenset()
+
     def layers(self, model: Any) -> tuple[int, ...]:
         """The layers meant: those of `where`, by default all (for the experts' kinds, all that have experts)."""
+        if self.needs_experts and self.where.heads is not None:
+            raise InterventionError(
+                f"{self.kind} heads: expected none (experts have no heads), got {self.where.heads}."
+            )
         n_layers = model.cfg.n_layers
         usable = tuple(layer for layer, sparse in enumerate(_sparse(model)) if sparse or not self.needs_experts)
         if not usable:
@@ -88,33 +96,24 @@ def resolve_point(model: HookedModel, point: str, layer: int) -> HookPoint:
     return model.hook_dict[found[0]]
 
 
-def as_tensor(name: str, value: Any, n_dims: int | None = None) -> Tensor:
-    """A detached float or integer tensor on the CPU. Raises InterventionError unless finite and of `n_dims` axes."""
-    try:
-        tensor = torch.as_tensor(value).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InterventionError(f"{name}: expected numbers, got {type(value).__name__} ({error}).") from None
-    if tensor.dtype == torch.float64 and not isinstance(value, Tensor):
-        tensor = tensor.float()
-    if not bool(torch.isfinite(tensor).all()):
-        raise InterventionError(f"{name}: expected finite numbers, got some that are not.")
-    if n_dims is not None and tensor.ndim != n_dims:
-        raise InterventionError(f"{name}: expected {n_dims} axes, got {tuple(tensor.shape)}.")
-    return tensor
-
-
-def expert_tuple(experts: int | Sequence[int]) -> tuple[int, ...]:
-    listed = (experts,) if isinstance(experts, int) else tuple(experts)
-    if any(isinstance(e, bool) or not isinstance(e, int) or e < 0 for e in listed) or len(set(listed)) < len(listed):
-        raise InterventionError(f"experts: expected different expert numbers, got {listed}.")
-    return listed
-
-
 def check_experts(kind: str, experts: Sequence[int], model: Any) -> None:
     n_experts = getattr(model.cfg, "n_experts", 0)
     for expert in experts:
         if not 0 <= expert < n_experts:
             raise InterventionError(f"{kind} experts: expected 0 to {n_experts - 1}, got {expert}.")
+
+
+def plus(x: Tensor, change: Tensor) -> Tensor:
+    """x + change; zeros leave every bit, the sign of -0.0 too."""
+    return x + change.to(x) if bool(change.any()) else x
+
+
+def by_expert(experts: Tensor, given: Tensor, ids: Tensor | None, weights: Tensor) -> Tensor:  # [batch pos k]
+    """`given` [batch pos k], the weights of `experts`, at the slots where those run now; `weights` at the others."""
+    assert ids is not None
+    same = ids[..., :, None] == experts[..., None, :]  # [batch pos k k]
+    found = (given[..., None, :] * same).sum(-1)
+    return torch.where(same.any(-1), found, weights)
 
 
 def align(recorded: Tensor, lengths: Sequence[int], batch: Batch, what: str) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Weights and outputs are edited at the slots that hold the expert; what is edited
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from workbench.errors import InterventionError
-from workbench.interventions.base import (
-    Edit,
-    Intervention,
-    Site,
-    as_tensor,
-    check_experts,
-    expert_tuple,
-)
+from workbench.interventions.base import Edit, Intervention, Site, by_expert, check_experts, plus
+from workbench.interventions.values import as_flag, as_number, as_tensor, expert_tuple
 
 KNOCK_OUTS = ("reroute", "drop", "drop_renormalise")
 
@@ -58,16 +52,18 @@ class OnExperts(Intervention, needs_experts=True):
 class KnockOut(OnExperts, kind="knock_out"):
     """Take experts out of the computation.
 
-    mode "reroute": masked before top-k, so that the next best expert runs instead and weights are renormalised;
+    mode "reroute": masked before top-k, so that the next best expert runs instead and the model weighs what runs as it
+    always does (to a sum of 1 if its `norm_topk_prob` is set, else by probabilities over the experts left);
     "drop": their contribution is zeroed and nothing takes its place; "drop_renormalise": what is left is weighted up to
-    sum to 1. The modes answer different questions and rank experts differently.
+    the sum that all k had, which is 1 only with `norm_topk_prob`. The modes answer different questions and rank experts
+    differently.
     """
 
     mode: str
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in KNOCK_OUTS:
+        if not isinstance(self.mode, str) or self.mode not in KNOCK_OUTS:
             raise InterventionError(f"mode: expected one of {', '.join(KNOCK_OUTS)}, got {self.mode!r}.")
 
     def _check(self, model: Any) -> None:
@@ -98,10 +94,11 @@ class KnockOut(OnExperts, kind="knock_out"):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForceExperts(OnExperts, kind="force_experts"):
-    """These experts run at every token, in place of the last of those the router chose.
+    """These experts run at every token, in the slots of the last of those the router chose; other slots keep theirs.
 
     Weights are the router's own probabilities of the experts that run, renormalised as usual; or `weights`, one for
-    each, when all k are forced. Tokens that already use them are left as they are.
+    each, when all k are forced. Tokens that already use them are left as they are. After a FreezeRouting with weights
+    the experts that stay keep their recorded weights, and those forced in have the router's own.
     """
 
     weights: tuple[float, ...] | None = None
@@ -109,8 +106,14 @@ class ForceExperts(OnExperts, kind="force_experts"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weights is not None:
-            object.__setattr__(self, "weights", tuple(map(float, self.weights)))
-            as_tensor("weights", self.weights)
+            weights = as_tensor("weights", self.weights, n_dims=1).tolist()
+            given = self.weights if isinstance(self.weights, Sequence) else weights  # to the bit, where it is a list
+            object.__setattr__(self, "weights", tuple(map(float, given)))
+
+    def decides(self, model: Any) -> frozenset[str]:
+        if len(self.experts) < model.cfg.k:
+            return frozenset()
+        return frozenset({"expert_ids"} if self.weights is None else {"expert_ids", "routing_weights"})
 
     def _check(self, model: Any) -> None:
         k, n_forced = model.cfg.k, len(self.experts)
@@ -125,16 +128,24 @@ class ForceExperts(OnExperts, kind="force_experts"):
     def _leaves(self) -> Iterator[tuple[str, Edit]]:
         yield "expert_ids", self._force
         if self.weights is not None:
-            yield "routing_weights", lambda weights, site: torch.tensor(self.weights).to(weights).expand_as(weights)
+            yield "routing_weights", self._weigh
+
+    def _weigh(self, weights: Tensor, site: Site) -> Tensor:  # [batch pos k]
+        given = torch.tensor(self.weights).to(weights).expand_as(weights)
+        return by_expert(torch.tensor(self.experts, device=weights.device), given, site.ids, weights)
 
     def _force(self, ids: Tensor, site: Site) -> Tensor:  # [batch pos k]
         forced = torch.tensor(self.experts, device=ids.device)
+        if self.weights is not None:
+            return forced.expand_as(ids)  # all of them, in the order of the weights
         is_forced = torch.isin(ids, forced)
-        own = ids.gather(-1, is_forced.to(torch.int8).argsort(dim=-1, stable=True))  # the others first, in their order
-        n_own = ids.shape[-1] - len(self.experts)
-        new = torch.cat([forced.expand(*ids.shape[:-1], -1), own[..., :n_own]], dim=-1)
-        kept = (is_forced.sum(-1, keepdim=True) == len(self.experts)) & (self.weights is None)
-        return torch.where(kept, ids, new)
+        missing = (forced[:, None] != ids[..., None, :]).all(-1)  # [batch pos forced]
+        n_missing = missing.sum(-1, keepdim=True)
+        newcomers = forced[(~missing).to(torch.int8).argsort(dim=-1, stable=True)]  # the missing ones first
+        from_end = (~is_forced).flip(-1).cumsum(-1).flip(-1)  # 1 at the last slot that may go, 2 at the one before
+        replaced = ~is_forced & (from_end <= n_missing)
+        index = (n_missing - from_end).clamp(0, len(self.experts) - 1)
+        return torch.where(replaced, newcomers.gather(-1, index), ids)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,7 +157,8 @@ class Reweight(OnExperts, kind="reweight"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        as_tensor("factor", self.factor, n_dims=0)
+        object.__setattr__(self, "factor", as_number("factor", self.factor))
+        as_flag("renormalise", self.renormalise)
 
     def _leaves(self) -> Iterator[tuple[str, Edit]]:
         yield "routing_weights", self._scale
@@ -168,7 +180,7 @@ class ScaleExperts(OnExperts, kind="scale_experts"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        as_tensor("factor", self.factor, n_dims=0)
+        object.__setattr__(self, "factor", as_number("factor", self.factor))
 
     def _leaves(self) -> Iterator[tuple[str, Edit]]:
         yield "expert_out", lambda out, site: torch.where(self._holds(site)[..., None], out * self.factor, out)
@@ -187,6 +199,7 @@ class SetExpertOutput(OnExperts, kind="set_expert_output"):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "value", as_tensor("value", self.value, n_dims=1))
+        as_flag("add", self.add)
 
     def _check(self, model: Any) -> None:
         if self.value.shape != (model.cfg.d_model,):
@@ -198,5 +211,5 @@ class SetExpertOutput(OnExperts, kind="set_expert_output"):
         yield "expert_out", self._set
 
     def _set(self, out: Tensor, site: Site) -> Tensor:  # [batch pos k d_model]
-        value = self.value.to(out)
-        return torch.where(self._holds(site)[..., None], out + value if self.add else value, out)
+        value = plus(out, self.value) if self.add else self.value.to(out)
+        return torch.where(self._holds(site)[..., None], value, out)

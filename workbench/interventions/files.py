@@ -19,6 +19,7 @@ from workbench.interventions.where import Where
 
 FORMAT = 1
 INLINE = 4096  # values; larger tensors go into a file of their own
+_OWN = ("kind", "where")  # keys of an entry that are no field of its kind
 _PLAIN = {"float32": torch.float32, "int64": torch.int64}  # dtypes that a bare list means
 
 
@@ -30,7 +31,9 @@ def to_json(items: Sequence[Intervention], tensors: dict[str, Tensor] | None = N
 
 def from_json(value: Any, tensors: Mapping[str, Tensor] | None = None) -> tuple[Intervention, ...]:
     """What `to_json` wrote, or what a person did. Raises InterventionError naming the entry that is wrong."""
-    if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("interventions"), list):
+    exact = isinstance(value, dict) and value.keys() == {"format", "interventions"}
+    known = exact and type(value["format"]) is int and value["format"] == FORMAT  # true equals 1, and is no format
+    if not known or not isinstance(value["interventions"], list):
         raise InterventionError(
             f'interventions: expected {{"format": {FORMAT}, "interventions": [...]}}, got {str(value)[:60]}.'
         )
@@ -43,7 +46,7 @@ def save_interventions(items: Sequence[Intervention], path: str | Path) -> Path:
     tensors: dict[str, Tensor] = {}
     value = to_json(items, tensors)
     if tensors:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path.with_suffix(".safetensors"))
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path.with_suffix(".safetensors"))
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -90,24 +93,25 @@ def _plain(value: Any, name: str, tensors: dict[str, Tensor] | None) -> Any:
 def _read(entry: Any, number: int, tensors: Mapping[str, Tensor]) -> Intervention:
     what = f"intervention {number}"
     kind = entry.get("kind") if isinstance(entry, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InterventionError(f"{what}: expected a kind among {', '.join(sorted(KINDS))}, got {kind!r}.")
     cls = KINDS[kind]
     known = {field.name: field for field in fields(cls)}
-    given = {name: _value(value, what, tensors) for name, value in entry.items() if name not in ("kind", "where")}
+    what = f"{what} ({kind})"
+    given = {name: _value(value, f"{what}: {name}", tensors) for name, value in entry.items() if name not in _OWN}
     unknown = [name for name in given if name not in known]
     needed = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in needed if name not in given]
     if unknown or missing:
         raise InterventionError(
-            f"{what} ({kind}): expected {', '.join(name for name in known)}, got "
+            f"{what}: expected {', '.join(name for name in known)}, got "
             f"{'no ' + missing[0] if missing else 'an unknown ' + unknown[0]}."
         )
     try:
         return cls(**given, where=_where(entry.get("where", {})))
     except (TypeError, ValueError) as error:
         text = str(error) if isinstance(error, InterventionError) else f"expected other types, got {error}."
-        raise InterventionError(f"{what} ({kind}): {text}") from None
+        raise InterventionError(f"{what}: {text}") from None
 
 
 def _where(value: Any) -> Where:
@@ -119,12 +123,23 @@ def _where(value: Any) -> Where:
 
 
 def _value(value: Any, what: str, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict) and set(value) == {"tensor"}:
-        if value["tensor"] not in tensors:
-            raise InterventionError(f"{what}: expected tensor {value['tensor']!r} in the .safetensors file, got none.")
-        return tensors[value["tensor"]]
-    if isinstance(value, dict) and set(value) == {"dtype", "values"}:
-        return torch.tensor(value["values"], dtype=getattr(torch, str(value["dtype"]), torch.float32))
-    if isinstance(value, dict):
-        return {key: _value(inner, what, tensors) for key, inner in value.items()}
-    return value
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"tensor"}:
+        name = value["tensor"]
+        if not isinstance(name, str) or name not in tensors:
+            raise InterventionError(f"{what}: expected tensor {name!r} in the .safetensors file, got none.")
+        return tensors[name]
+    if value.keys() == {"dtype", "values"}:
+        return _typed(value, what)
+    return {key: _value(inner, what, tensors) for key, inner in value.items()}
+
+
+def _typed(value: Mapping[str, Any], what: str) -> Tensor:
+    dtype = getattr(torch, value["dtype"], None) if isinstance(value["dtype"], str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise InterventionError(f"{what}: expected a dtype such as bfloat16, got {value['dtype']!r}.")
+    try:
+        return torch.tensor(value["values"], dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InterventionError(f"{what}: expected values as nested lists of numbers, got others ({error}).") from None

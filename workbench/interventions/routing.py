@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from workbench.errors import InterventionError
-from workbench.interventions.base import Edit, Intervention, Site, align, as_tensor, pack
+from workbench.interventions.base import Edit, Intervention, Site, align, by_expert, pack, plus
 from workbench.interventions.experts import OnExperts
+from workbench.interventions.values import (
+    as_flag,
+    as_integers,
+    as_mapping,
+    as_number,
+    as_tensor,
+    check_recorded,
+)
 from workbench.interventions.where import Where
 
 STEERING = ("steermoe", "soft", "hard", "relative")
@@ -22,7 +30,8 @@ _DEFAULT_STRENGTH = {"steermoe": 0.01, "soft": 0.5, "hard": 1e-6, "relative": 0.
 class SteerRouter(OnExperts, kind="steer_router"):
     """Raise (or lower, with `activate=False`) experts' router scores, in one of the published forms.
 
-    z are the logits at a token, s the strength (default in parentheses):
+    z are the logits at a token, s the strength (default in parentheses); experts that an earlier knock-out masked stay
+    masked and count in no max, min or std:
       steermoe  z_e = max z + s, or min z - s (0.01); arXiv 2509.09660, whose log-softmax only shifts all z
       soft      z_e + s · std(z), or minus (0.5); arXiv 2510.04694
       hard      z_e = max z + s, or min z - s (1e-6): the same paper, with its random tie-breaker made a constant
@@ -35,10 +44,11 @@ class SteerRouter(OnExperts, kind="steer_router"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in STEERING:
+        if not isinstance(self.form, str) or self.form not in STEERING:
             raise InterventionError(f"form: expected one of {', '.join(STEERING)}, got {self.form!r}.")
         if self.strength is not None:
-            as_tensor("strength", self.strength, n_dims=0)
+            object.__setattr__(self, "strength", as_number("strength", self.strength))
+        as_flag("activate", self.activate)
 
     def _check(self, model: Any) -> None:
         if self.activate and len(self.experts) > model.cfg.k:
@@ -52,15 +62,27 @@ class SteerRouter(OnExperts, kind="steer_router"):
     def _steer(self, logits: Tensor, site: Site) -> Tensor:  # [batch pos expert]
         strength = _DEFAULT_STRENGTH[self.form] if self.strength is None else self.strength
         step = strength if self.activate else -strength
-        steered = logits[..., list(self.experts)]  # [batch pos steered]
+        own = logits[..., list(self.experts)]  # [batch pos steered]
+        masked = logits == -torch.inf  # [batch pos expert]
         if self.form in ("steermoe", "hard"):
-            edge = logits.amax(-1, keepdim=True) if self.activate else logits.amin(-1, keepdim=True)
-            steered = (edge + step).expand_as(steered)
+            low = logits.masked_fill(masked, torch.inf).amin(-1, keepdim=True)
+            edge = logits.amax(-1, keepdim=True) if self.activate else low
+            steered = (edge + step).expand_as(own)
         elif self.form == "soft":
-            steered = steered + step * logits.std(-1, keepdim=True, correction=0)
+            steered = own + step * _spread(logits, masked)
         else:
-            steered = steered + step * steered.abs()
+            steered = own + step * own.abs()
+        steered = torch.where(own == -torch.inf, own, steered)
         return logits.index_copy(-1, torch.tensor(self.experts, device=logits.device), steered)
+
+
+def _spread(logits: Tensor, masked: Tensor) -> Tensor:  # [batch pos 1]
+    """The standard deviation of a token's logits over the experts that are not masked."""
+    if not bool(masked.any()):
+        return logits.std(-1, keepdim=True, correction=0)
+    n_left = (~masked).sum(-1, keepdim=True)
+    mean = logits.masked_fill(masked, 0).sum(-1, keepdim=True) / n_left
+    return ((logits - mean).masked_fill(masked, 0).square().sum(-1, keepdim=True) / n_left).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,13 +94,14 @@ class BiasRouter(Intervention, kind="bias_router", needs_experts=True):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bias", as_tensor("bias", self.bias, n_dims=1))
+        object.__setattr__(self, "scale", as_number("scale", self.scale))
 
     def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
         layers = self.layers(model)
         if self.bias.shape != (model.cfg.n_experts,):
             raise InterventionError(f"bias: expected [{model.cfg.n_experts}], got {tuple(self.bias.shape)}.")
         for layer in layers:
-            yield f"blocks.{layer}.mlp.hook_router_logits", lambda z, site: z + (self.scale * self.bias).to(z)
+            yield f"blocks.{layer}.mlp.hook_router_logits", lambda z, site: plus(z, self.scale * self.bias)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,8 +114,8 @@ class SwapRouting(Intervention, kind="swap_routing", needs_experts=True):
     rows: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", tuple(self.rows))
-        if any(not isinstance(row, int) or not 0 <= row < len(self.rows) for row in self.rows):
+        object.__setattr__(self, "rows", as_integers("rows", self.rows))
+        if any(row >= len(self.rows) for row in self.rows):
             raise InterventionError(f"rows: expected a row number for every row, got {self.rows}.")
 
     def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
@@ -110,7 +133,8 @@ class FreezeRouting(Intervention, kind="freeze_routing", needs_experts=True):
     """Experts, and with `weights` their weights too, are those of another run at the same token positions.
 
     ids, weights: by layer, [row position k]; lengths: how many positions of each row were recorded. Beyond them the
-    model routes by itself. Without weights these are recomputed for the frozen experts. Make it with `from_cache`.
+    model routes by itself. Weights belong to their expert: a slot that a later item gave to another expert has the
+    router's own. Without weights these are recomputed for the frozen experts. Make it with `from_cache`.
     """
 
     ids: Mapping[int, Tensor]
@@ -118,12 +142,23 @@ class FreezeRouting(Intervention, kind="freeze_routing", needs_experts=True):
     weights: Mapping[int, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", tuple(self.lengths))
+        object.__setattr__(self, "lengths", as_integers("lengths", self.lengths))
         for name in ("ids", "weights"):
-            given = getattr(self, name)
-            if given is not None:
-                tensors = {int(layer): as_tensor(f"{name} of layer {layer}", t, 3) for layer, t in given.items()}
-                object.__setattr__(self, name, tensors)
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, self._by_layer(name))
+
+    def _by_layer(self, name: str) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        for layer, value in as_mapping(name, getattr(self, name)).items():
+            what = f"{name} of layer {layer}"
+            found[_layer_number(layer)] = recorded = as_tensor(what, value, 3)
+            check_recorded(what, recorded, self.lengths)
+            if name == "ids" and recorded.is_floating_point():
+                raise InterventionError(f"{what}: expected expert numbers, got {recorded.dtype}.")
+        return found
+
+    def decides(self, model: Any) -> frozenset[str]:
+        return frozenset({"expert_ids"} if self.weights is None else {"expert_ids", "routing_weights"})
 
     @classmethod
     def from_cache(
@@ -160,11 +195,34 @@ class FreezeRouting(Intervention, kind="freeze_routing", needs_experts=True):
                         f"freeze_routing: expected {leaf} [row position {model.cfg.k}] of layer {layer}, got "
                         f"{tuple(by_layer[layer].shape) if layer in by_layer else 'none'}."
                     )
-                yield f"blocks.{layer}.mlp.hook_{leaf}", self._replay(leaf, by_layer[layer])
+                self._check_ids(layer, model.cfg.n_experts)
+                yield f"blocks.{layer}.mlp.hook_{leaf}", self._replay(leaf, layer)
 
-    def _replay(self, leaf: str, recorded: Tensor) -> Edit:
+    def _check_ids(self, layer: int, n_experts: int) -> None:
+        ids = self.ids[layer]  # [row position k]
+        recorded = torch.cat([row[:length] for row, length in zip(ids, self.lengths, strict=True)])
+        ordered = recorded.sort(-1).values
+        known = bool(((recorded >= 0) & (recorded < n_experts)).all())
+        if not known or bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            raise InterventionError(
+                f"freeze_routing ids of layer {layer}: expected different experts from 0 to {n_experts - 1} "
+                "at every position, got others."
+            )
+
+    def _replay(self, leaf: str, layer: int) -> Edit:
         def edit(x: Tensor, site: Site) -> Tensor:  # [batch pos k]
-            there, known = align(recorded, self.lengths, site.batch, f"freeze_routing {leaf}")
-            return torch.where(known[..., None], there.to(x), x)
+            ids, known = align(self.ids[layer], self.lengths, site.batch, f"freeze_routing {leaf}")
+            if leaf == "expert_ids":
+                return torch.where(known[..., None], ids.to(x), x)
+            assert self.weights is not None
+            weights, _ = align(self.weights[layer], self.lengths, site.batch, f"freeze_routing {leaf}")
+            return torch.where(known[..., None], by_expert(ids, weights.to(x), site.ids, x), x)
 
         return edit
+
+
+def _layer_number(layer: Any) -> int:
+    try:
+        return int(layer)
+    except (TypeError, ValueError):
+        raise InterventionError(f"layer: expected a number, got {layer!r}.") from None

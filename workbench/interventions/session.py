@@ -13,6 +13,7 @@ from torch import Tensor
 from workbench.errors import InterventionError
 from workbench.hooks import HookPoint
 from workbench.interventions.base import Edit, Intervention, Site
+from workbench.interventions.order import check_order
 from workbench.interventions.where import Batch, Label, Where
 
 
@@ -33,15 +34,17 @@ class Interventions:
     def __post_init__(self) -> None:
         if isinstance(self.items, Intervention):
             object.__setattr__(self, "items", (self.items,))
+        if not isinstance(self.items, Sequence):
+            raise InterventionError(f"interventions: expected a list of them, got {type(self.items).__name__}.")
         for item in self.items:
             if not isinstance(item, Intervention):
                 raise InterventionError(f"interventions: expected values such as KnockOut(...), got {item!r}.")
         object.__setattr__(self, "items", tuple(self.items))
 
     def check(self, model: Any) -> None:
-        """Raises InterventionError unless every item fits the model."""
-        for item in self.items:
-            list(item.edits(model))
+        """Raises InterventionError unless every item fits the model and can act beside those attached already."""
+        outer = [item for batch in model.batches for item in batch.items]
+        check_order([*outer, *self.items], model)
 
     @contextmanager
     def attach(self, model: Any) -> Iterator[None]:
@@ -52,6 +55,7 @@ class Interventions:
         if not self.items:
             yield
             return
+        self.check(model)
         batch = Batch(self.label, self.langs, self.n_prompt)
         batch.items = self.items
         lowered = _lower(self.items, batch, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -42,9 +43,34 @@ class Where:
         if self.phase not in (None, *PHASES):
             raise InterventionError(f"phase: expected prefill, decode or none, got {self.phase!r}.")
 
+    def meets(self, other: Where) -> bool:
+        """Whether some token may lie in both, layers aside; positions from the start and the end may coincide."""
+        pairs = [(self.segments, other.segments), (self.langs, other.langs)]
+        if _one_sided(self.positions) and _one_sided(other.positions) and _from_end(self) == _from_end(other):
+            pairs.append((self.positions, other.positions))  # type: ignore[arg-type]
+        apart = any(a is not None and b is not None and not set(a) & set(b) for a, b in pairs)
+        nowhere = any(() in (w.positions, w.segments, w.langs) for w in (self, other))
+        return not apart and not nowhere and (None in (self.phase, other.phase) or self.phase == other.phase)
+
+    def covers(self, other: Where) -> bool:
+        """Whether every token of `other` lies here too, layers aside."""
+        for name in ("positions", "segments", "langs"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None and (theirs is None or not set(theirs) <= set(mine)):
+                return False
+        return self.phase in (None, other.phase)
+
     def to_json(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+
+@dataclass
+class _Rows:
+    """What is known of sequences that run: how long each prompt is, and their tokens so far if seen from the start."""
+
+    n_prompt: Tensor  # int64 [batch]
+    ids: list[list[int]] | None
 
 
 class Batch:
@@ -54,26 +80,56 @@ class Batch:
         self.label, self.langs, self.given_n_prompt = label, langs, n_prompt
         self.items: Sequence[Any] = ()  # the interventions that are attached with it
         self.positions = self.valid = torch.empty(0)
-        self.n_prompt = torch.empty(0)
-        self._ids: list[list[int]] = []
+        self._rows = _Rows(torch.empty(0), [])
+        # several caches may take turns in one block, and each continues its own sequences
+        self._by_cache: WeakKeyDictionary[Any, _Rows] = WeakKeyDictionary()
         self._segments: list[list[str]] | None = None
         self._masks: dict[Where, Tensor | None] = {}
 
-    def begin(self, tokens: Tensor | None, positions: Tensor, valid: Tensor | None, continues: bool) -> None:
-        """A forward pass starts: positions [batch pos], valid [batch pos] or None when nothing is padded."""
-        batch = positions.shape[0]
+    @property
+    def n_prompt(self) -> Tensor:  # int64 [batch]
+        return self._rows.n_prompt
+
+    def begin(
+        self, tokens: Tensor | None, positions: Tensor, valid: Tensor | None, continues: bool, cache: Any = None
+    ) -> None:
+        """A forward pass starts: positions [batch pos], valid [batch pos] or None when nothing is padded.
+
+        continues: the sequences are those that `cache` holds, and not new ones.
+        """
         self._masks.clear()
+        self._segments = None
         self.positions = positions  # [batch pos]
         self.valid = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else valid
         self.all_valid = valid is None
-        if not continues:
-            self._ids = [[] for _ in range(batch)]
-            self.n_prompt = self._prompt_lengths(batch)
-        self._segments = None
+        self._rows = self._rows_of(cache if continues else None)
+        if cache is not None:
+            self._by_cache[cache] = self._rows
         self._tokens = tokens
         if self.label is not None and tokens is not None:
-            for row, ids, real in zip(self._ids, tokens.tolist(), self.valid.tolist(), strict=True):
-                row.extend(token for token, kept in zip(ids, real, strict=True) if kept)
+            self._note(tokens)
+
+    def _rows_of(self, cache: Any) -> _Rows:
+        """What is known of the running sequences. When the block began after their prompt, that is all they held."""
+        if cache is None:
+            return _Rows(self._prompt_lengths(self.positions.shape[0]), [[] for _ in self.positions])
+        if cache not in self._by_cache:
+            held = self._held() if self.given_n_prompt is None else self._prompt_lengths(self.positions.shape[0])
+            return _Rows(held, None)
+        return self._by_cache[cache]
+
+    def _held(self) -> Tensor:  # int64 [batch], tokens before this pass
+        return self.positions[:, 0] + 1 - self.valid[:, 0].long()
+
+    def _note(self, tokens: Tensor) -> None:
+        """Add this pass's tokens to the sequences, in place of those of a pass that failed at the same positions."""
+        if self._rows.ids is None:
+            return
+        for row, ids, real, start in zip(
+            self._rows.ids, tokens.tolist(), self.valid.tolist(), self._held().tolist(), strict=True
+        ):
+            del row[start:]
+            row.extend(token for token, kept in zip(ids, real, strict=True) if kept)
 
     def mask(self, where: Where) -> Tensor | None:
         """bool [batch pos], True where `where` holds at a token; None when that is everywhere."""
@@ -120,13 +176,26 @@ class Batch:
                 "segments: expected token ids and a way to label them, got none. Pass Interventions(..., label=...), "
                 "for instance partial(label_tokens, tokenizer=model.tokenizer), and run from tokens."
             )
+        if self._rows.ids is None:
+            raise InterventionError(
+                "segments: expected to see a sequence from its first token, got a cache that was filled outside the "
+                "intervene block. Fill it inside."
+            )
         if self._segments is None:
-            self._segments = [self.label(row) for row in self._ids]
+            self._segments = [self.label(row) for row in self._rows.ids]
         found = torch.zeros_like(self.valid, device="cpu")
         for row, (labels, real) in enumerate(zip(self._segments, self.valid.cpu(), strict=True)):
             n_new = int(real.sum())
             found[row, real] = torch.tensor([label in segments for label in labels[len(labels) - n_new :]]).bool()
         return found.to(self.valid.device)
+
+
+def _one_sided(positions: tuple[int, ...] | None) -> bool:
+    return bool(positions) and len({position < 0 for position in positions or ()}) == 1
+
+
+def _from_end(where: Where) -> bool:
+    return bool(where.positions) and where.positions is not None and where.positions[0] < 0
 
 
 def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...] | None:

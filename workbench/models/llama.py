@@ -109,7 +109,7 @@ class Llama(HookedModel):
         for batch in self.batches:
             given = tokens if start_at_layer is None else None
             continues = cache is not None and cache.n_seen > 0 and not isinstance(cache, Prefix)
-            batch.begin(given, frame.positions.expand(x.shape[:2]), frame.valid, continues)
+            batch.begin(given, frame.positions.expand(x.shape[:2]), frame.valid, continues, cache)
         if start_at_layer is None:
             x = self.hook_embed(x)
         for block in self.blocks[first:last]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -215,3 +217,18 @@ def test_outside_a_trace_the_model_is_as_before(nano, prompt):
         with wrapped.trace(prompt):
             after = wrapped.output.save()
     assert torch.equal(after, before)
+
+
+def test_wrapping_again_adds_no_watchers(nano_dense):
+    first = wrap(nano_dense)
+    counts = {name: len(point.watchers) for name, point in nano_dense.hook_dict.items()}
+    assert set(counts.values()) == {1}
+    assert wrap(nano_dense) is first
+    del first
+    gc.collect()
+    again = wrap(nano_dense)
+    assert {name: len(point.watchers) for name, point in nano_dense.hook_dict.items()} == counts
+    with torch.no_grad(), again.trace(torch.tensor([[1, 300, 301]])):
+        seen = again.blocks[1].hook_resid_post.output.save()
+    _, cache = nano_dense.run_with_cache(torch.tensor([[1, 300, 301]]))
+    torch.testing.assert_close(seen.detach(), cache["resid_post", 1].detach())

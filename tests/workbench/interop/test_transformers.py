@@ -96,3 +96,40 @@ def test_what_cannot_be_recorded_is_refused(nano_dense, hf_model):
         attach(dense)
     with attach(hf_model), pytest.raises(ShapeError, match="attention_mask: expected"):
         hf_model(torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 1, 3, 3))
+
+
+def test_a_pass_that_fails_midway_leaves_no_trace(nano, hf_model):
+    def fail(*_):
+        raise RuntimeError("halfway")
+
+    with torch.no_grad(), attach(hf_model) as recorder:
+        hf_model(torch.tensor([SEQUENCES[0]]))
+        handle = hf_model.model.layers[2].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="halfway"):
+            hf_model(torch.tensor([SEQUENCES[1]]))
+        handle.remove()
+        for sequence in SEQUENCES[1:]:
+            hf_model(torch.tensor([sequence]))
+    assert_same(recorder.frame(), own_frame(nano, SEQUENCES))
+
+
+def test_beam_search_is_refused_and_leaves_no_trace(nano, hf_model):
+    tokens = torch.tensor([SEQUENCES[1]])
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad(), attach(hf_model) as recorder:
+        hf_model(torch.tensor([SEQUENCES[0]]))
+        with pytest.raises(RunError, match=r"got beam search.*num_beams=1, or detach first"):
+            hf_model.generate(tokens, **options)
+        hf_model(tokens)
+    assert_same(recorder.frame(), own_frame(nano, SEQUENCES[:2]))
+    with torch.no_grad():
+        assert hf_model.generate(tokens, **options).shape[1] > tokens.shape[1]
+
+
+def test_a_cache_may_be_reordered_after_recording(hf_model):
+    cache = transformers.DynamicCache(config=hf_model.config)
+    with torch.no_grad(), attach(hf_model):
+        hf_model(torch.tensor([[1, 300], [1, 301]]), past_key_values=cache)
+    before = cache.layers[0].keys.clone()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(cache.layers[0].keys, before.flip(0))

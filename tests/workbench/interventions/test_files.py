@@ -46,7 +46,7 @@ def one_of_each(moe: Qwen3Moe, tokens: Tensor) -> list[Intervention]:
         SetActivation(value=0.25, point="z", where=Where(heads=(2,))),
         ScaleActivation(factor=0.1, where=somewhere),
         PatchActivations.from_cache({"blocks.2.hook_resid_mid": cache["resid_mid", 2]}, where=somewhere),
-        KnockOut(experts=(1, 5), mode="drop"),
+        KnockOut(experts=(6, 5), mode="drop"),
         ForceExperts(experts=(3, 1, 2), weights=(0.5, 0.25, 0.25), where=somewhere),
         SteerRouter(experts=(7,), form="steermoe", activate=False),
         Reweight(experts=(2,), factor=3.0, renormalise=True),

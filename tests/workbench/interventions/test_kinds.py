@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from workbench.interventions import (
     SwapRouting,
     Where,
 )
-from workbench.models import Llama, Qwen3Moe
+from workbench.models import Llama, Qwen3Moe, build_model, init_weights
 
 
 def own_cache(model: Llama, tokens: Tensor) -> dict[str, Tensor]:
@@ -86,6 +88,37 @@ def test_reroute_and_drop_are_told_apart(moe: Qwen3Moe, tokens: Tensor) -> None:
     assert torch.allclose(filled.sum(-1), torch.ones(2, 7))
     assert torch.equal(filled[~held.any(-1)], g[~held.any(-1)])
     assert (filled[held] == 0).all()
+
+
+@torch.no_grad()
+def test_knock_outs_keep_the_sum_of_a_model_that_does_not_renormalise(moe: Qwen3Moe, tokens: Tensor) -> None:
+    moe = init_weights(build_model(replace(moe.cfg, norm_topk_prob=False)), seed=1, std=0.2)
+    assert isinstance(moe, Qwen3Moe)
+    ids, g = (cached(moe, tokens, f"mlp.hook_{leaf}") for leaf in ("expert_ids", "routing_weights"))
+    gone = int(ids[0, 0, 0])
+    held = ids == gone
+    some_left = held.any(-1)
+    filled = cached(moe, tokens, "mlp.hook_routing_weights", KnockOut(experts=(gone,), mode="drop_renormalise"))
+    assert (g.sum(-1) < 0.95).all(), "these weights are bare probabilities"
+    assert torch.allclose(filled.sum(-1), g.sum(-1)), "the sum that all k had, not 1"
+    assert (filled[held] == 0).all()
+    share = filled[some_left] / (g * ~held)[some_left]
+    assert torch.allclose(share.nan_to_num(1).amax(-1), (g.sum(-1) / (g * ~held).sum(-1))[some_left])
+    rerouted = cached(moe, tokens, "mlp.hook_routing_weights", KnockOut(experts=(gone,), mode="reroute"))
+    probs = cached(moe, tokens, "mlp.hook_router_logits").softmax(-1)
+    new_ids = cached(moe, tokens, "mlp.hook_expert_ids", KnockOut(experts=(gone,), mode="reroute"))
+    expected = probs.gather(-1, new_ids) / (1 - probs[..., gone : gone + 1])
+    assert torch.allclose(rerouted, expected, atol=1e-6), "probabilities over the experts that are left"
+
+
+@torch.no_grad()
+def test_a_direction_of_any_length_is_projected_out(llama: Llama, tokens: Tensor) -> None:
+    where = Where(layers=(0,))
+    x = cached(llama, tokens, "hook_resid_post")
+    u = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(3)), dim=0)
+    for length in (1e-3, 1.0, 20.0, 1e4):
+        out = cached(llama, tokens, "hook_resid_post", ProjectOut(direction=length * u, where=where))
+        assert torch.allclose(out, x - (x @ u)[..., None] * u, atol=1e-5), length
 
 
 @torch.no_grad()

@@ -156,3 +156,64 @@ def test_from_the_residual_stream_it_acts_the_same(moe: Qwen3Moe, tokens: Tensor
 def test_places_that_do_not_exist_are_named(make: object, message: str) -> None:
     with pytest.raises(InterventionError, match=message):
         make()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_caches_that_take_turns_keep_their_own_prompts(model: Llama, tokens: Tensor) -> None:
+    long, short = tokens[:1], tokens[1:, :4]
+
+    def run() -> None:
+        caches = [model.new_cache(1, 12), model.new_cache(1, 12)]
+        for prompt, cache in zip((long, short), caches, strict=True):
+            model(prompt, cache=cache)
+        for cache in (*caches, *caches):
+            model(tokens[:1, :1], cache=cache)
+
+    decode = touched(model, Where(phase="decode"), run)
+    assert decode[:2] == [[[False] * 7], [[False] * 4]]
+    assert decode[2:] == [[[True]]] * 4
+    last = touched(model, Where(positions=(-1, 8)), run)
+    assert [i for i, hit in enumerate(last[0][0]) if hit] == [6]
+    assert [i for i, hit in enumerate(last[1][0]) if hit] == [3]
+    assert last[2:] == [[[False]], [[False]], [[True]], [[False]]], "position 8 of the long one only"
+
+
+@torch.no_grad()
+def test_caches_that_take_turns_keep_their_own_segments(model: Llama, tokens: Tensor) -> None:
+    seen: list[list[int]] = []
+
+    def label(ids: list[int]) -> list[str]:
+        seen.append(list(ids))
+        return ["user"] * len(ids)
+
+    def run() -> None:
+        caches = [model.new_cache(1, 12), model.new_cache(1, 12)]
+        for row, cache in enumerate(caches):
+            model(tokens[row : row + 1, :3], cache=cache)
+        with pytest.raises(RuntimeError, match="halfway"), model.hooks([("blocks.2.hook_resid_post", fail)]):
+            model(tokens[:1, 5:7], cache=caches[0])
+        for row, cache in enumerate(caches):
+            model(tokens[row : row + 1, 3:4], cache=cache)
+
+    touched(model, Where(segments=("user",)), run, label=label)
+    first, second = tokens.tolist()
+    assert seen[-2:] == [first[:4], second[:4]], "not what a failed pass had, nor the other cache's"
+
+
+def fail(x: Tensor, hook: HookPoint) -> None:
+    raise RuntimeError("halfway")
+
+
+@torch.no_grad()
+def test_a_block_that_begins_after_the_prompt_takes_what_the_cache_holds_for_it(model: Llama, tokens: Tensor) -> None:
+    cache = model.new_cache(2, 12)
+    batch, mask = padded(tokens)
+    model(batch, mask, cache=cache)
+
+    def run() -> None:
+        model(tokens[:, :1], cache=cache)
+
+    assert touched(model, Where(phase="decode"), run) == [[[True], [True]]]
+    assert touched(model, Where(positions=(5,)), run) == [[[False], [True]]], "row 1 holds four tokens and one more"
+    with pytest.raises(InterventionError, match="expected to see a sequence from its first token"):
+        touched(model, Where(segments=("user",)), run, label=lambda ids: ["user"] * len(ids))
