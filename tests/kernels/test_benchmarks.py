@@ -6,12 +6,23 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"))
+
+import layers
+import registry
+import run
+from measure import Report
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = REPOSITORY / "kernels" / "benchmarks" / "run.py"
+CPU = torch.device("cpu")
 
 
 def smoke(out: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
@@ -56,3 +67,92 @@ def test_a_spent_budget_is_said_and_not_hidden(tmp_path: Path) -> None:
     left_out = [row for row in rows if row["note"].startswith("left out: the time budget is spent")]
     assert left_out
     assert any(row["section"] == "correctness" and row["note"] == "ok" for row in rows)
+
+
+def bench(report: Report | None = None) -> layers.Bench:
+    return layers.Bench(report or Report(time.monotonic() + 60), registry.SMOKE, torch.float32, CPU, "sorted")
+
+
+@pytest.mark.parametrize("n_tokens", [8, 512])
+def test_uniform_routing_hits_as_many_experts_as_chance_and_skewed_fewer(n_tokens: int) -> None:
+    shape = registry.Shape(512, 8, 128, 8)
+    layer = registry.Layer.random(shape, torch.float32, CPU, seed=0)
+    hit = {}
+    for skewed in (False, True):
+        x = registry.inputs(shape, n_tokens, torch.float32, CPU, seed=1, skewed=skewed)
+        ids = (x @ (layer.skewed() if skewed else layer).router.T).topk(8).indices
+        hit[skewed] = len(ids.unique())
+        low = (ids < 16).float().mean()
+        assert low > 0.3 if skewed else low < 0.25, low  # 16 of 128 experts; chance gives them 0.125
+    by_chance = 128 * (1 - (1 - 8 / 128) ** n_tokens)
+    assert abs(hit[False] - by_chance) <= 5
+    assert hit[True] < hit[False]
+
+
+def test_a_format_is_faster_than_plain_where_it_takes_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = bench()
+    one.how = dict.fromkeys(("plain", "int8", "int4"), "eager")
+    monkeypatch.setattr(one, "times", lambda *a, **k: {"plain": 2.0, "int8": 4.0, "int4": 0.5})
+    one.formats(3)
+    found = {row["name"]: row["ours_is_faster_by"] for row in one.report.rows if row["section"] == "format"}
+    assert found == {"plain": 1.0, "int8": 0.5, "int4": 4.0}
+
+
+def routed_by(change: Any) -> Any:
+    """fused_moe with other experts in place of those it would choose."""
+
+    def fused(x: torch.Tensor, router: torch.Tensor, *weights: Any, impl: str) -> Any:
+        _, routing = registry.fused_moe(x, router, *weights, impl=impl)
+        forced = registry.Intervene(forced_ids=change(routing.expert_ids))
+        return registry.fused_moe(x, router, *weights, impl=impl, intervene=forced)
+
+    return fused
+
+
+def test_a_tie_that_falls_the_other_way_is_right_and_other_experts_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = bench()
+    one.shape = registry.Shape(64, 64, 8, 1)
+    one.layers[0].router[1::2] = one.layers[0].router[::2]  # experts 2i and 2i+1 are always equal
+    assert one.correctness(5)
+    monkeypatch.setattr(layers, "fused_moe", routed_by(lambda ids: ids ^ 1))
+    assert one.correctness(5)
+    monkeypatch.setattr(layers, "fused_moe", routed_by(lambda ids: ids ^ 2))
+    assert not one.correctness(5)
+    assert all("routing" in row["name"] for row in one.report.rows if str(row.get("note")).startswith("WRONG"))
+
+
+@pytest.mark.parametrize("failure", ["wrong", "raises"])
+def test_nothing_is_timed_after_a_wrong_result(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def correctness(self: layers.Bench, n_tokens: int) -> bool:
+        if failure == "raises":
+            raise RuntimeError("no result at all")
+        return n_tokens == 1
+
+    monkeypatch.setattr(layers.Bench, "correctness", correctness)
+    report = Report(time.monotonic() + 60)
+    assert run.measure(report, CPU, smoke=True, impl="sorted") is False
+    assert not [row for row in report.rows if row.get("us")]
+    assert "model" not in {row["section"] for row in report.rows}
+
+
+def test_a_run_that_breaks_off_leaves_the_sections_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(self: layers.Bench, n_tokens: int, skewed: bool) -> None:
+        if n_tokens == 40:
+            raise KeyboardInterrupt
+        self.report.add("layer", "ours", n_tokens=n_tokens, us=1.0)
+
+    monkeypatch.setattr(layers.Bench, "compare", compare)
+    out = tmp_path / "cpu.csv"
+    report = Report(time.monotonic() + 60, save=lambda report: run.write(report, {"device": "here"}, out))
+    with pytest.raises(KeyboardInterrupt):
+        run.measure(report, CPU, smoke=True, impl="sorted")
+    rows = list(csv.DictReader(out.open()))
+    assert [row["n_tokens"] for row in rows if row["section"] == "layer" and row["us"]] == ["1", "5"]
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu.csv"]
+
+
+def test_one_expert_is_asked_for_by_a_mask_on_the_device() -> None:
+    chosen = registry.needs(registry.SMOKE, CPU)["all of one expert"].experts
+    assert isinstance(chosen, torch.Tensor)
+    assert chosen.dtype == torch.bool
+    assert chosen.nonzero().flatten().tolist() == [4]
