@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"))
 
 import layers
+import models
 import registry
 import run
 from measure import Report
@@ -43,7 +46,8 @@ def check(done: subprocess.CompletedProcess[str], rows: list[dict], impl: str) -
         names = {row["name"] for row in timed if row["routing"] == routing}
         assert names >= {f"ours {impl}", "transformers eager", "transformers grouped_mm", "torch grouped_mm"}
     assert all(row["torch"] and row["device"] and row["cores"] for row in rows)
-    assert {row["name"] for row in rows if row["section"] == "model"} == {"prefill", "decode"}
+    names = {row["name"] for row in rows if row["section"] == "model" and row["us"]}
+    assert names == {"prefill", "transformers prefill", "decode, eager", "transformers decode", "decode int8, eager"}
 
 
 @pytest.mark.slow
@@ -156,3 +160,87 @@ def test_one_expert_is_asked_for_by_a_mask_on_the_device() -> None:
     assert isinstance(chosen, torch.Tensor)
     assert chosen.dtype == torch.bool
     assert chosen.nonzero().flatten().tolist() == [4]
+
+
+@pytest.fixture(scope="module")
+def model_rows() -> tuple[list[dict[str, Any]], Report]:
+    pytest.importorskip("transformers")
+    report = Report(time.monotonic() + 60)
+    plan = {"prompts": (16,), "batches": (1, 3), "context": 8}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the CPU dequantises int8
+        models.whole_model(report, models.SMOKE, torch.float32, CPU, "sorted", **plan)
+    return report.rows, report
+
+
+def test_every_model_row_has_a_floor_and_int8_and_transformers_stand_beside(model_rows: Any) -> None:
+    rows, _ = model_rows
+    assert all(row["us"] > 0 for row in rows), rows
+    for row in rows:
+        assert row["floor_us"] > 0
+        assert row["percent_of_floor"] == pytest.approx(100 * row["floor_us"] / row["us"])
+    found = [(row["name"], row["n_tokens"]) for row in rows]
+    eager = ("decode, eager", "transformers decode")
+    assert found[:4] == [(name, batch) for batch in (1, 3) for name in eager]
+    assert found[4:6] == [("prefill", 16), ("transformers prefill", 16)]
+    assert found[6:] == [("decode int8, eager", batch) for batch in (1, 3)]
+
+
+def test_transformers_computes_the_same_model(model_rows: Any) -> None:
+    rows, _ = model_rows
+    notes = [row["note"] for row in rows if row["name"].startswith("transformers")]
+    assert len(notes) == 3
+    assert all(float(note.split("differ by ")[1]) < 1e-5 for note in notes), notes
+    assert all(row["ours_is_faster_by"] > 0 for row in rows if row["name"].startswith("transformers"))
+
+
+def test_sequences_of_a_batch_differ_in_tokens_and_in_what_they_have_seen() -> None:
+    model = models.random_model(models.SMOKE, torch.float32, CPU, "sorted")
+    seen: list[tuple[torch.Tensor, Any]] = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args[0], kwargs["cache"])), with_kwargs=True)
+    report = Report(time.monotonic() + 60)
+    one = models.ModelBench(report, model, models.Ceilings(1e9, 1e9))
+    one.peer = None
+    with torch.no_grad():
+        one.decode(8, 4, {})
+    for tokens, cache in seen:
+        assert len(tokens.unique()) == 8
+        assert len(cache.keys[0, :, 0].flatten(1).unique(dim=0)) == 8
+        assert cache.values[:, :, :4].std() > 0.5
+
+
+def test_the_floor_counts_what_a_step_reads_and_computes() -> None:
+    """By hand, for a model of one layer: bytes at an endless rate of arithmetic, and the other way round."""
+    cfg = dataclasses.replace(models.SMOKE, n_layers=1, sparse_layers=(True,))
+    model = models.build_model(cfg, device="meta")
+    attention = 64 * 16 * (2 * 4 + 2 * 2) + 2 * 16 + 2 * 64
+    router, expert, unembed, norm = 8 * 64, 3 * 64 * 64, 101 * 64, 64
+    read = attention + router + norm + unembed + 5 * expert + 3 * 64 + 2 * 3 * (10 + 1) * 2 * 16
+    floor = models.model_floor(models.Ceilings(1.0, float("inf")), model, 3, 1, 10, n_hit=5)
+    assert floor == 4 * read
+    flop = 2 * 3 * (attention + router + norm + 2 * expert + unembed) + 4 * 3 * 11 * 4 * 16
+    floor = models.model_floor(models.Ceilings(float("inf"), 1.0), model, 3, 1, 10, n_hit=5)
+    assert floor == flop
+
+
+def test_int8_experts_are_counted_in_their_own_bytes() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = models.build_model(models.SMOKE, device="meta", experts="int8")
+    assert models.expert_bytes(model) == 3 * 64 * 64 + 4 * (2 * 64 + 64)
+
+
+def test_a_model_without_time_left_is_left_out_and_said() -> None:
+    report = Report(time.monotonic() - 1)
+    models.whole_model(report, models.SMOKE, torch.float32, CPU, "sorted", (16,), (1,), 8)
+    assert [row["note"] for row in report.rows] == ["left out: the time budget is spent"] * 2
+
+
+def test_a_contestant_that_would_take_the_time_of_others_is_left_out() -> None:
+    report = Report(time.monotonic() + 0.2)
+    one = models.ModelBench(
+        report, models.random_model(models.SMOKE, torch.float32, CPU, "sorted"), models.Ceilings(1e9, 1e9)
+    )
+    slow = lambda: (time.sleep(0.05), torch.ones(1, 1))[1]  # noqa: E731
+    assert one._tried("transformers decode", slow, {"note": "context 8"}) is None
+    assert report.rows[-1]["note"].startswith("left out: it would take more than half")
