@@ -19,6 +19,7 @@ class Report:
 
     deadline: float
     rows: list[dict[str, Any]] = field(default_factory=list)
+    save: Callable[[Report], None] = lambda report: None  # called after each section: what breaks off loses one
 
     @property
     def left(self) -> float:
@@ -26,6 +27,15 @@ class Report:
 
     def add(self, section: str, name: str, **values: Any) -> None:
         self.rows.append({"section": section, "name": name, **values})
+
+    def section(self, section: str, name: str, action: Callable[[], Any], reserve: float = 0.0, **values: Any) -> Any:
+        """`attempt`, if more than `reserve` seconds are left; what is left out becomes a row too. Then saves."""
+        if self.left > reserve:
+            done = self.attempt(section, name, action, **values)
+        else:
+            done = self.add(section, name, **values, note="left out: the time budget is spent")
+        self.save(self)
+        return done
 
     def attempt(self, section: str, name: str, action: Callable[[], Any], **values: Any) -> Any:
         """The result of `action`; whatever it raises becomes a row of its own and loses nothing else."""

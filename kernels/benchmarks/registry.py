@@ -50,21 +50,26 @@ class Layer:
         return cls(shape, normal(e, d), normal(e, 2 * f, d), normal(e, d, f))
 
     def skewed(self) -> Layer:
-        """The same layer with a router that prefers some experts: logits shift by -log(rank) for inputs of mean 1."""
-        direction = torch.ones(self.shape.d_model, device=self.router.device)
+        """The same layer with a router that prefers some experts: for `inputs` of mean 1 logits shift by -log(rank)."""
         preference = -torch.arange(1, self.shape.n_experts + 1, device=self.router.device).float().log()
-        shift = preference[:, None] * direction / self.shape.d_model
-        return Layer(self.shape, (self.router.float() + shift).to(self.router.dtype), self.gate_up, self.down)
+        router = self.router.float()
+        router = router - router.mean(1, keepdim=True) + preference[:, None] / self.shape.d_model
+        return Layer(self.shape, router.to(self.router.dtype), self.gate_up, self.down)
 
     def quantised(self, bits: int) -> tuple[QuantizedExperts, QuantizedExperts]:
         return quantize(self.gate_up, bits), quantize(self.down, bits)
 
 
-def inputs(shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    """[T, D] with mean 1 in every coordinate, so that `skewed` has a direction to work on."""
+def inputs(
+    shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch.device, seed: int, skewed: bool = False
+) -> Tensor:
+    """[T, D] normal: of mean 0, for which every expert is as likely as any other; of mean 1 for a skewed layer.
+
+    A mean that all tokens share would add the same amount to an expert's logit in every token.
+    """
     g = torch.Generator(device).manual_seed(seed)
     noise = torch.empty(n_tokens, shape.d_model, dtype=torch.float32, device=device).normal_(generator=g)
-    return (noise + 1.0).to(dtype)
+    return (noise + float(skewed)).to(dtype)
 
 
 def ours(layer: Layer, impl: str, **options: Any) -> Run:
@@ -118,10 +123,12 @@ WAITS = {"transformers eager"}  # it reads expert ids on the host: no CUDA graph
 
 
 def needs(shape: Shape, device: torch.device) -> dict[str, Need]:
+    one = torch.zeros(shape.n_experts, dtype=torch.bool, device=device)  # a mask: ids cannot be captured in a graph
+    one[shape.n_experts // 2] = True
     return {
         "routing only": Need(),
         "router_probs, margin": Need(("router_probs", "margin")),
-        "all of one expert": Need(("expert_pre", "expert_post", "expert_out"), experts=[shape.n_experts // 2]),
+        "all of one expert": Need(("expert_pre", "expert_post", "expert_out"), experts=one),
         "expert_pre": Need(("expert_pre",)),
         "expert_pre, expert_pre_linear": Need(("expert_pre", "expert_pre_linear")),
         "expert_post": Need(("expert_post",)),

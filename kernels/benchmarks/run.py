@@ -4,8 +4,9 @@
     python kernels/benchmarks/run.py --device cpu --threads 2
     python kernels/benchmarks/run.py --smoke            tiny shapes: does everything run?
 
-Correctness against the oracle comes first: wrong results are not timed. Each section stands alone, and what fails
-becomes a row that says why. Needs torch, triton and safetensors, and transformers for those peers.
+Correctness against the oracle comes first: after a wrong result nothing is timed. Each section stands alone, what fails
+becomes a row that says why, and the CSV is written after each section. Needs torch, triton and safetensors, and
+transformers for those peers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ COLUMNS = (
     "percent_more", "tokens_per_s", "value", "how", "note",
 )  # fmt: skip
 GPU_TOKENS, CPU_TOKENS = (1, 4, 8, 16, 64, 256, 512, 1024, 4096, 16384), (1, 64, 512)
+MODEL_SECONDS = 180.0  # of the budget on a GPU: what the layer's sections leave for the whole model
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -60,53 +64,68 @@ def _driver() -> str:
 
 @torch.no_grad()
 def measure(report: Report, device: torch.device, smoke: bool, impl: str, brief: bool = False) -> bool:
-    """All sections in order of importance; False when a result was wrong."""
+    """All sections in order of importance; False as soon as a result was wrong, which has no time."""
     on_gpu = device.type == "cuda"
     shape = SMOKE if smoke else REAL if on_gpu else SMALL
-    tokens = (1, 5, 40) if smoke else GPU_TOKENS if on_gpu else CPU_TOKENS
-    right = True
+    with_model = (on_gpu or smoke) and not brief
     for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
         bench = report.attempt("layer", "weights", lambda d=dtype: Bench(report, shape, d, device, impl))
         if bench is None:
             continue
-        for n_tokens in (1, 64, 512) if on_gpu else tokens:
-            checked = report.attempt("correctness", impl, lambda n=n_tokens, b=bench: (b.correctness(n),))
-            right &= bool(checked and checked[0])
-        if not right:
-            continue  # a wrong result has no time
-        sections = [(f"T={n}", lambda n=n, b=bench: b.compare(n, False)) for n in tokens]
-        if not brief:
-            sections += [
-                ("costs", lambda n=n, b=bench: b.costs(n)) for n in (tokens[0], 4096 if on_gpu else tokens[-1])
-            ]
-            sections += [
-                ("formats", lambda n=n, b=bench: b.formats(n)) for n in (tokens[0], 64 if on_gpu else tokens[1])
-            ]
-            sections += [(f"T={n} skewed", lambda n=n, b=bench: b.compare(n, True)) for n in tokens]
-        for name, section in sections:
-            if report.left > (60 if on_gpu and not smoke else 0):
-                report.attempt("layer", name, section)
-            else:
-                report.add("layer", name, dtype=str(dtype), note="left out: the time budget is spent")
-        del bench, sections, section  # their weights make room for the next
+        if not _right(bench, on_gpu, smoke):
+            return False
+        reserve = (MODEL_SECONDS if with_model else 60.0) if on_gpu and not smoke else 0.0
+        for name, section in _sections(bench, on_gpu, smoke, brief):
+            report.section("layer", name, section, reserve, dtype=str(dtype))
+        del bench, section  # their weights make room for the next
     if on_gpu:
         torch.cuda.empty_cache()
-    if (on_gpu or smoke) and not brief:
-        plan: dict[str, Any] = {"prompts": (512, 4096, 16384), "batches": (1, 8), "context": 512}
-        if smoke:
-            plan = {"prompts": (16, 32), "batches": (1, 2), "context": 8}
-        cfg, dtype = (SMOKE_MODEL, torch.float32) if smoke and not on_gpu else (REAL_MODEL, torch.bfloat16)
-        cfg = SMOKE_MODEL if smoke else cfg
-        report.attempt("model", "whole model", lambda: whole_model(report, cfg, dtype, device, impl, **plan))
-    return right
+    if with_model:
+        _model(report, device, smoke, impl)
+    return True
+
+
+def _right(bench: Bench, on_gpu: bool, smoke: bool) -> bool:
+    """Whether all that is timed is right, whatever the time: without this nothing else counts."""
+    tokens = (1, 64, 512) if on_gpu else _tokens(on_gpu, smoke)
+    found = [bench.report.attempt("correctness", bench.impl, lambda n=n: bench.correctness(n)) for n in tokens]
+    bench.report.save(bench.report)
+    return all(found)
+
+
+def _tokens(on_gpu: bool, smoke: bool) -> tuple[int, ...]:
+    return (1, 5, 40) if smoke else GPU_TOKENS if on_gpu else CPU_TOKENS
+
+
+def _sections(bench: Bench, on_gpu: bool, smoke: bool, brief: bool) -> list[tuple[str, Callable[[], None]]]:
+    """The layer's sections, the most important first."""
+    tokens = _tokens(on_gpu, smoke)
+    plain: list[tuple[str, Callable[[], None]]] = [(f"T={n}", partial(bench.compare, n, False)) for n in tokens]
+    if brief:
+        return plain
+    costs = [("costs", partial(bench.costs, n)) for n in (tokens[0], 4096 if on_gpu else tokens[-1])]
+    formats = [("formats", partial(bench.formats, n)) for n in (tokens[0], 64 if on_gpu else tokens[1])]
+    return [*plain, *costs, *formats, *((f"T={n} skewed", partial(bench.compare, n, True)) for n in tokens)]
+
+
+def _model(report: Report, device: torch.device, smoke: bool, impl: str) -> None:
+    plan: dict[str, Any] = {"prompts": (512, 4096, 16384), "batches": (1, 8), "context": 512}
+    if smoke:
+        plan = {"prompts": (16, 32), "batches": (1, 2), "context": 8}
+    dtype = torch.float32 if smoke and device.type == "cpu" else torch.bfloat16
+    cfg = SMOKE_MODEL if smoke else REAL_MODEL
+    report.section("model", "whole model", lambda: whole_model(report, cfg, dtype, device, impl, **plan))
 
 
 def write(report: Report, about: dict[str, str], path: Path) -> None:
+    """The rows so far; a reader never finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *about])
         writer.writeheader()
         writer.writerows({**{key: _rounded(value) for key, value in row.items()}, **about} for row in report.rows)
+    part.replace(path)
 
 
 def table(report: Report) -> str:
@@ -139,11 +158,11 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     impl = arguments.impl if arguments.impl != "auto" else "triton" if device.type == "cuda" else "sorted"
-    report = Report(time.monotonic() + arguments.budget)
     about = machine(device)
-    right = measure(report, device, arguments.smoke, impl, arguments.brief)
     name = about["device"].lower().replace(" ", "_").replace("/", "_") if device.type == "cuda" else "cpu"
     path = arguments.out or Path(__file__).parent / "results" / f"{name}.csv"
+    report = Report(time.monotonic() + arguments.budget, save=lambda report: write(report, about, path))
+    right = measure(report, device, arguments.smoke, impl, arguments.brief)
     write(report, about, path)
     print(", ".join(f"{key} {value}" for key, value in about.items() if value))
     print(table(report))

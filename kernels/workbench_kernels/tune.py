@@ -1,18 +1,22 @@
 """Choose block sizes by measurement on the GPU at hand, and compile ahead.
 
-    python -m workbench_kernels.tune [--dtype bfloat16] [--bits 16,8,4] [--out FILE] [--budget 1500]
+    python -m workbench_kernels.tune [--dtype bfloat16] [--bits 16,8,4] [--out FILE] [--budget 480]
 
 Each path is tuned at its own token counts, one kernel part after the other while the others keep their sizes. A
 candidate is first compared with the torch implementation on the same input: sizes that give another result are dropped
 and named. Then candidates are timed in turn, over weights of several layers and as CUDA graphs; the least median wins,
 and among those within 1% of it the first in the fixed list, so that two runs on one device tend to the same choice.
+That list begins with the sizes known so far and their neighbours and goes on in a fixed shuffled order, so that a
+budget that ends early has still seen small and large sizes; each part has its own share of the time.
 The first bucket of a path also settles the sizes that decide the bits (blocks.arithmetic); the others vary the rest.
+The table is written after every bucket: a run that breaks off keeps what it has found.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import statistics
 import sys
 import time
@@ -40,24 +44,44 @@ Weights = tuple[Tensor, Any, Any]
 
 
 def candidates(path: str, part: str, bits: int, start: Blocks) -> Iterator[Blocks]:
-    """Variants of one part of `start`, which comes first; combinations that cannot fit are left to the compiler."""
+    """Variants of one part of `start`, which comes first; combinations that cannot fit are left to the compiler.
+
+    Next come those that differ from it in one size, then all others in an order that is shuffled but always the same.
+    None comes twice.
+    """
+    others = [blocks for blocks in _grid(path, part, bits, start) if _distance(part, blocks, start)]
+    random.Random(0).shuffle(others)
     yield start
+    yield from sorted(others, key=lambda blocks: _distance(part, blocks, start) > 1)
+
+
+def _grid(path: str, part: str, bits: int, start: Blocks) -> Iterator[Blocks]:
+    """Every combination, in the order of the sizes."""
+    by_group: tuple[int, ...] = (start[part]["bk"],)  # int4 goes by groups of columns whatever bk says
     if path == "decode":
-        for bn, bk, warps, stages in itertools.product((4, 8, 16, 32), (256, 512, 1024), (4, 8), (2, 3)):
+        columns = by_group if bits == 4 else (256, 512, 1024)
+        for bn, bk, warps, stages in itertools.product((4, 8, 16, 32), columns, (4, 8), (2, 3)):
             yield _with(start, part, bn=bn, bk=bk, warps=warps, stages=stages)
         return
-    tall = (16, 32) if path == "skinny" else (64, 128)
+    tall: tuple[int, ...] = (16, 32) if path == "skinny" else (64, 128)
+    if part == "down":
+        tall = (start["bm"],)  # both products share bm; the first one chooses it
     widths = (64, 128) if path == "skinny" else (64, 128, 256)
     tma = (False, True) if bits == 16 and "tma" in start[part] else (False,)
-    for bm, bn, bk, warps, stages, by_tma in itertools.product(tall, widths, (64, 128), (4, 8), (2, 3, 4), tma):
-        if bm == start["bm"] or part == "gate_up":  # both products share bm; the first one chooses it
-            varied = _with(start, part, bn=bn, bk=bk, warps=warps, stages=stages, tma=by_tma)
-            yield varied | {"bm": bm}
+    columns = by_group if bits == 4 else (64, 128)
+    for bm, bn, bk, warps, stages, by_tma in itertools.product(tall, widths, columns, (4, 8), (2, 3, 4), tma):
+        yield _with(start, part, bn=bn, bk=bk, warps=warps, stages=stages, tma=by_tma) | {"bm": bm}
 
 
 def _with(blocks: Blocks, part: str, **sizes: Any) -> Blocks:
     kept = {name: value for name, value in blocks[part].items() if name != "wgmma"}  # a claim of the shipped sizes
     return blocks | {part: kept | sizes}
+
+
+def _distance(part: str, blocks: Blocks, start: Blocks) -> int:
+    """How many sizes differ; what a table claims about its own sizes is none."""
+    ours, theirs = ({"bm": at.get("bm"), **at[part], "wgmma": None} for at in (blocks, start))
+    return sum(value != theirs.get(name) for name, value in ours.items())
 
 
 class Tuner:
@@ -69,14 +93,18 @@ class Tuner:
         self.dropped: list[str] = []
 
     def best(self, path: str, n_tokens: int, deadline: float, like: Blocks | None = None) -> Blocks:
-        """The sizes for one bucket; with `like`, the path's first bucket, such that a token gets the same bits."""
+        """The sizes for one bucket; with `like`, the path's first bucket, such that a token gets the same bits.
+
+        The deadline is that of the whole bucket; at least one candidate of each part is timed in any case.
+        """
         x = self._inputs(n_tokens)
         chosen = like or blocks_for(path, x, self.layers[0][1], self.layers[0][2], self.shape["k"])
-        for part in ("gate_up", "down"):
+        for part, share in (("gate_up", 0.5), ("down", 1.0)):  # of the time that is left: both get as much
             found = candidates(path, part, self.bits, chosen)
             if like is not None:
                 found = (blocks for blocks in found if arithmetic(path, blocks) == arithmetic(path, like))
-            chosen = self._best_part(path, found, x, deadline)
+            now = time.monotonic()
+            chosen = self._best_part(path, found, x, now + share * (deadline - now))
         return chosen
 
     def _best_part(self, path: str, found: Iterator[Blocks], x: Tensor, deadline: float) -> Blocks:
@@ -167,12 +195,37 @@ def warm_up(
     return spent
 
 
+def _earlier(out: Path, entry: tables.Entry) -> tables.Entry:
+    """The table's entry for the same case; empty where it has none."""
+    table = tables._read(out) if out.is_file() else []
+    keys = ("device", "triton", "shape", "dtype", "bits")
+    return next((dict(old) for old in table if all(old[key] == entry[key] for key in keys)), {})
+
+
+def tune(tuner: Tuner, entry: tables.Entry, out: Path, deadline: float, say: Any = print) -> None:
+    """Fill an entry bucket by bucket, the time shared evenly, and write it after each.
+
+    A path keeps what an earlier run wrote for it until its first bucket is tuned anew.
+    """
+    entry = _earlier(out, entry) | entry
+    jobs = [(path, n_tokens) for path, buckets in BUCKETS.items() for n_tokens in buckets]
+    for done, (path, n_tokens) in enumerate(jobs):
+        began = time.monotonic()
+        first = n_tokens == BUCKETS[path][0]
+        known = {} if first else entry[path]
+        like = None if first else next(iter(known.values()))
+        best = tuner.best(path, n_tokens, began + (deadline - began) / (len(jobs) - done), like)
+        entry[path] = known | {str(n_tokens): best}
+        tables.write_entry(out, entry)
+        say(f"int{tuner.bits} {path} T={n_tokens}: {time.monotonic() - began:.0f} s", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--bits", default="16,8,4", help="weight formats, comma-separated")
     parser.add_argument("--out", type=Path, help="the table; default: the packaged one for this architecture")
-    parser.add_argument("--budget", type=float, default=1500.0, help="seconds for all of it")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds for all of it")
     for name, size in SHAPE.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
     given = parser.parse_args(arguments)
@@ -191,15 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "device": torch.cuda.get_device_name(device), "triton": tables.triton_release(), "shape": shape,
             "dtype": given.dtype, "bits": bits, "tuned": True,
         }  # fmt: skip
-        jobs = [(path, n_tokens) for path, buckets in BUCKETS.items() for n_tokens in buckets]
-        for done, (path, n_tokens) in enumerate(jobs):
-            left = (deadline - time.monotonic()) / (len(jobs) - done + len(jobs) * (len(formats) - at - 1))
-            began = time.monotonic()
-            buckets = entry.setdefault(path, {})
-            like = next(iter(buckets.values()), None)
-            buckets[str(n_tokens)] = tuner.best(path, n_tokens, began + left / 2, like)
-            print(f"int{bits} {path} T={n_tokens}: {time.monotonic() - began:.0f} s", flush=True)
-        tables.write_entry(out, entry)
+        now = time.monotonic()
+        tune(tuner, entry, out, now + (deadline - now) / (len(formats) - at))
         print(f"{len(tuner.dropped)} candidates dropped; table written to {out.name}")
         print("\n".join(tuner.dropped[:20]))
     return 0
