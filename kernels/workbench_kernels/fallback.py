@@ -46,7 +46,7 @@ def fallback_moe(
     if change.forced_ids is not None:
         ids = change.forced_ids.long()
     weights = _weights(probs, ids, norm_topk_prob, change.forced_weights)  # [T, K]
-    if numerics == "hf":
+    if numerics == "hf" and change.forced_weights is None:  # forced ones are used as they are
         weights = weights.to(x.dtype)
 
     found: dict[str, Tensor] = {}
@@ -116,7 +116,8 @@ def _weights(probs: Tensor, ids: Tensor, normalise: bool, forced: Tensor | None)
     weights = probs.gather(-1, ids)
     if not normalise:
         return weights
-    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)  # 0 / 0 is 0 here
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total == 0, 1.0, total)  # 0 / 0 is 0 here
 
 
 class _Take:

@@ -114,7 +114,8 @@ class Moe(nn.Module):
     def _weights(self, probs: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
         weights = probs.gather(-1, ids)
         if self.cfg.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
+            total = weights.sum(-1, keepdim=True)
+            weights = weights / torch.where(total == 0, 1.0, total)  # forced experts may all have probability 0
         return weights.to(dtype)
 
     def _forced(self, ids: Tensor) -> Tensor:
