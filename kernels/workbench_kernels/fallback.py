@@ -81,11 +81,13 @@ def expert_load(ids: Tensor, n_experts: int) -> Tensor:  # [T, K] -> float32 [E]
     """Share of the slots that each expert takes; zeros without slots."""
     if ids.device.type == "cpu":
         return torch.bincount(ids.flatten(), minlength=n_experts).float() / max(ids.numel(), 1)
-    counts = torch.zeros(n_experts, dtype=torch.float32, device=ids.device)
-    ones = counts.new_ones(()).expand(
-        ids.numel()
-    )  # whole numbers: any order of addition gives the same, without a wait
-    return counts.scatter_add_(0, ids.flatten(), ones) / max(ids.numel(), 1)
+    return count_slots(ids, n_experts).float() / max(ids.numel(), 1)
+
+
+def count_slots(ids: Tensor, n_experts: int, counted: Tensor | None = None) -> Tensor:  # [... K] -> int64 [E]
+    """How many slots each expert takes, of the tokens where `counted` [...] holds; without a wait for a device."""
+    slots = torch.ones_like(ids) if counted is None else counted.unsqueeze(-1).expand_as(ids).to(ids.dtype)
+    return ids.new_zeros(n_experts).scatter_add_(0, ids.flatten(), slots.flatten())
 
 
 def _stable_order(probs: Tensor, keep_mask: Tensor | None) -> Tensor:
