@@ -124,7 +124,9 @@ def _mix(
 ) -> Tensor:  # [N, D], [T, K], [T, K]
     """[T, D]: the weighted sum of each token's rows, which lie at `places`, in the wider of the two precisions."""
     wide = torch.promote_types(rows.dtype, weights.dtype)
-    if as_transformers or weights.device.type != "cpu" or wide not in (torch.float32, torch.float64):
+    if as_transformers:
+        return (rows[places] * weights.unsqueeze(-1)).to(rows.dtype).sum(dim=1)
+    if weights.device.type != "cpu" or wide not in (torch.float32, torch.float64):
         return (rows[places] * weights.unsqueeze(-1)).sum(dim=1)
     if lone:
         return weights.to(wide) @ rows.to(wide)

@@ -46,7 +46,7 @@ def fallback_moe(
     if change.forced_ids is not None:
         ids = change.forced_ids.long()
     weights = _weights(probs, ids, norm_topk_prob, change.forced_weights)  # [T, K]
-    if numerics == "hf":
+    if numerics == "hf" and change.forced_weights is None:  # forced ones are used as they are
         weights = weights.to(x.dtype)
 
     found: dict[str, Tensor] = {}
@@ -81,11 +81,13 @@ def expert_load(ids: Tensor, n_experts: int) -> Tensor:  # [T, K] -> float32 [E]
     """Share of the slots that each expert takes; zeros without slots."""
     if ids.device.type == "cpu":
         return torch.bincount(ids.flatten(), minlength=n_experts).float() / max(ids.numel(), 1)
-    counts = torch.zeros(n_experts, dtype=torch.float32, device=ids.device)
-    ones = counts.new_ones(()).expand(
-        ids.numel()
-    )  # whole numbers: any order of addition gives the same, without a wait
-    return counts.scatter_add_(0, ids.flatten(), ones) / max(ids.numel(), 1)
+    return count_slots(ids, n_experts).float() / max(ids.numel(), 1)
+
+
+def count_slots(ids: Tensor, n_experts: int, counted: Tensor | None = None) -> Tensor:  # [... K] -> int64 [E]
+    """How many slots each expert takes, of the tokens where `counted` [...] holds; without a wait for a device."""
+    slots = torch.ones_like(ids) if counted is None else counted.unsqueeze(-1).expand_as(ids).to(ids.dtype)
+    return ids.new_zeros(n_experts).scatter_add_(0, ids.flatten(), slots.flatten())
 
 
 def _stable_order(probs: Tensor, keep_mask: Tensor | None) -> Tensor:
@@ -116,7 +118,8 @@ def _weights(probs: Tensor, ids: Tensor, normalise: bool, forced: Tensor | None)
     weights = probs.gather(-1, ids)
     if not normalise:
         return weights
-    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)  # 0 / 0 is 0 here
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total == 0, 1.0, total)  # 0 / 0 is 0 here
 
 
 class _Take:

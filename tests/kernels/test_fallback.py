@@ -188,3 +188,27 @@ def test_hf_numerics_round_where_transformers_does() -> None:
         assert torch.equal(tensor, tensor.bfloat16().float())
     trained = fused_moe(*args, K)[0]
     assert float((y.float() - trained.float()).norm() / trained.float().norm()) < 2e-2
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_weights_whose_sum_is_below_the_normal_numbers_still_sum_to_one(impl: str) -> None:
+    """Forced onto experts of probability 1e-40, a token's weights are their true shares; onto 0, they stay 0."""
+    x, router, gate_up, down = layer(2)
+    x.zero_()
+    bias = torch.zeros(2, E)
+    bias[0, :K], bias[1, :K] = torch.tensor(-92.0), -torch.inf
+    change = Intervene(router_bias=bias, forced_ids=torch.arange(K).expand(2, K))
+    weights = fused_moe(x, router, gate_up, down, K, impl=impl, intervene=change)[1].routing_weights
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_forced_weights_are_used_as_they_are_in_hf_numerics(impl: str) -> None:
+    """Only their products with the outputs are rounded, as on the Triton path."""
+    args, exact = layer(5, dtype=torch.bfloat16), torch.full((5, K), 1 / 3)
+    y, routing = fused_moe(
+        *args, K, impl=impl, numerics="hf", need=("expert_out",), intervene=Intervene(forced_weights=exact)
+    )
+    assert torch.equal(routing.routing_weights, exact)
+    products = (routing.expert_out.float() * exact.unsqueeze(-1)).bfloat16().float()
+    assert torch.equal(y, products.sum(1).bfloat16())

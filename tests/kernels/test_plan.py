@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from moe_problems import problem, relative
 
-from workbench_kernels import Intervene, Need, choose_implementation, fused_moe
+from workbench_kernels import Intervene, Need, choose_implementation, fused_moe, quantize
 from workbench_kernels.moe.plan import NEEDS
 from workbench_kernels.moe.reference import reference_moe
 
@@ -134,3 +134,17 @@ def test_without_triton_the_refusal_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr("workbench_kernels.moe.choice._installed", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed: install the extra `kernels`"):
         choose_implementation("triton", CUDA, torch.bfloat16)
+
+
+def test_auto_takes_grouped_mm_only_for_weights_that_it_can_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench_kernels.moe.choice._installed", lambda: False)
+    even, odd = torch.zeros(2, 128, 64, dtype=torch.bfloat16), torch.zeros(2, 64, 12, dtype=torch.bfloat16)
+    for weights, expected in [
+        ((), "grouped_mm"),
+        ((even, even), "grouped_mm"),
+        ((even, odd), "sorted"),
+        ((even, quantize(even, 8)), "sorted"),
+        ((quantize(even, 4), even), "sorted"),
+    ]:
+        chosen = choose_implementation("auto", CUDA, torch.bfloat16, gradients=False, weights=weights)
+        assert chosen == expected, [type(weight) for weight in weights]

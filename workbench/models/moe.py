@@ -21,7 +21,7 @@ from workbench.hooks import HookPoint
 from workbench.models.layers import wide
 from workbench.models.moe_weights import QuantizedWeight, expert_weight
 from workbench_kernels import Intervene, Need, routed_experts
-from workbench_kernels.fallback import top_k
+from workbench_kernels.fallback import count_slots, top_k
 from workbench_kernels.moe.api import NO_GRADIENT, plan_layer, without_gradient
 
 ROUTER_DTYPES = ("float32", "model")
@@ -81,10 +81,12 @@ class Moe(nn.Module):
             x.flatten(0, 1), *weights, self.cfg.k, self.cfg.norm_topk_prob, Need(), Intervene(), "auto", numerics
         )
         routed = stages.route(layer, taps)
+        routed, tiles = stages.order(layer, routed)
         if self.hook_expert_load.listened:
             ids = routed.ids.unflatten(0, x.shape[:2])  # [batch pos k]
-            self.hook_expert_load(expert_load(ids, valid, self.cfg.n_experts))  # [expert]
-        out, _ = stages.experts(layer, *stages.order(layer, routed), taps)
+            load = routed.load if valid is None else expert_load(ids, valid, self.cfg.n_experts)
+            self.hook_expert_load(load)  # [expert]
+        out, _ = stages.experts(layer, routed, tiles, taps)
         return without_gradient(out, x, *weights, error=HookError).view_as(x)
 
     def _fused_taps(self, batch_pos: torch.Size) -> dict[str, Tap]:
@@ -114,7 +116,8 @@ class Moe(nn.Module):
     def _weights(self, probs: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
         weights = probs.gather(-1, ids)
         if self.cfg.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
+            total = weights.sum(-1, keepdim=True)
+            weights = weights / torch.where(total == 0, 1.0, total)  # forced experts may all have probability 0
         return weights.to(dtype)
 
     def _forced(self, ids: Tensor) -> Tensor:
@@ -168,5 +171,5 @@ class FusedTap(Tap):
 
 def expert_load(ids: Tensor, valid: Tensor | None, n_experts: int) -> Tensor:  # [batch pos k] -> float32 [expert]
     """Share of the token-slots that each expert takes, padding left out; sums to 1."""
-    counted = (ids if valid is None else ids[valid]).flatten()
-    return torch.bincount(counted, minlength=n_experts).float() / max(counted.numel(), 1)
+    counts = count_slots(ids, n_experts, valid)
+    return counts.float() / counts.sum().clamp_min(1)

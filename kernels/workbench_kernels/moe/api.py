@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from workbench_kernels import interpreter
 from workbench_kernels.moe.blocks import Blocks, blocks_for, choose_path
 from workbench_kernels.moe.checks import Weight, check_intervene, check_layer
 from workbench_kernels.moe.choice import choose_implementation
-from workbench_kernels.moe.plan import Intervene, Need, Routing
+from workbench_kernels.moe.plan import NEEDS, Intervene, Need, Routing
 from workbench_kernels.quant import QuantizedExperts
 
 
@@ -39,14 +40,15 @@ def fused_moe(
     auto decides by T, E and k alone. numerics: trained (float32 router and interior) or hf (rounds where transformers'
     grouped_mm rounds; ties still go to the lowest id).
 
-    The Triton path has no gradients: a backward pass through it raises RuntimeError naming those that have. The same
+    The Triton path has no gradients: a backward pass through y or any floating tensor of its Routing, to whatever
+    argument or intervention asks for one, raises RuntimeError naming the implementations that have them. The same
     input gives the same bits, run after run. Raises ValueError for arguments that do not fit; values on a GPU are not
     looked at, and a forced id that does not exist there gives its token NaN.
     """
     need, change = Need.of(need), intervene or Intervene()
     check_layer(x, router_weight, gate_up, down, k, path, numerics)
     check_intervene(change, x.shape[0], router_weight.shape[0], k, x.shape[1], x)
-    impl = choose_implementation(impl, x.device, x.dtype, gradients=False)
+    impl = choose_implementation(impl, x.device, x.dtype, gradients=False, weights=(gate_up, down))
     if impl != "triton":
         from workbench_kernels.fallback import fallback_moe
 
@@ -59,7 +61,8 @@ def fused_moe(
     layer = plan_layer(x, router_weight, gate_up, down, k, norm_topk_prob, need, change, path, numerics, _blocks)
     with torch.no_grad():
         y, routing = run_layer(layer)
-    return without_gradient(y, x, router_weight, gate_up, down), routing
+    sources = x, router_weight, gate_up, down, *(getattr(change, name) for name in change.active)
+    return without_gradient(y, *sources), _without_gradient(routing, *sources)
 
 
 def plan_layer(
@@ -125,3 +128,10 @@ def without_gradient(y: Tensor, *inputs: Any, error: type[Exception] = RuntimeEr
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _NoGradient.apply(y, error, *tensors)
     return y
+
+
+def _without_gradient(routing: Routing, *inputs: Any) -> Routing:
+    """The same for all that has a gradient elsewhere; ids and their counts have none anywhere."""
+    names = ("router_logits", "routing_weights", *NEEDS)
+    found = {name: getattr(routing, name) for name in names if getattr(routing, name) is not None}
+    return replace(routing, **{name: without_gradient(tensor, *inputs) for name, tensor in found.items()})

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
 from workbench_kernels import interpreter
+from workbench_kernels.quant import QuantizedExperts
 
+Weight = torch.Tensor | QuantizedExperts
 FALLBACKS = ("sorted", "grouped_mm", "reference")  # these have gradients
 CHOICES = (*FALLBACKS, "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype, gradients: bool = True) -> str:
+def choose_implementation(
+    impl: str, device: torch.device, dtype: torch.dtype, gradients: bool = True, weights: Sequence[Weight] = ()
+) -> str:
     """The implementation that runs for `impl` ("auto" or a name). Raises ValueError for one that cannot run.
 
-    "auto" is grouped_mm for bfloat16 on CUDA and sorted elsewhere; where no gradients are wanted (`fused_moe`), it is
-    triton on CUDA devices from sm_80 on.
+    "auto" is grouped_mm for bfloat16 on CUDA, if it can multiply `weights` (gate_up and down, where they are known),
+    and sorted elsewhere; where no gradients are wanted (`fused_moe`), it is triton on CUDA devices from sm_80 on.
     """
     if impl == "auto":
         if not gradients and device.type == "cuda" and not triton_obstacle(device, dtype):
             return "triton"
-        return "grouped_mm" if device.type == "cuda" and dtype == torch.bfloat16 else "sorted"
+        grouped = device.type == "cuda" and dtype == torch.bfloat16 and all(map(_grouped_mm_takes, weights))
+        return "grouped_mm" if grouped else "sorted"
     if impl not in CHOICES:
         raise ValueError(f"moe_impl: expected one of auto, {', '.join(CHOICES)}, got {impl!r}.")
     if impl == "grouped_mm" and dtype == torch.float64:
@@ -31,6 +37,10 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype, g
     if impl == "triton" and (obstacle := triton_obstacle(device, dtype)):
         raise ValueError(f"moe_impl: expected one that runs here (sorted, reference), got 'triton'. {obstacle}")
     return impl
+
+
+def _grouped_mm_takes(weight: Weight) -> bool:
+    return isinstance(weight, torch.Tensor) and weight.shape[-1] * weight.element_size() % 16 == 0
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:

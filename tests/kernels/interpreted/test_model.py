@@ -116,6 +116,15 @@ def test_gradients_are_refused_by_name() -> None:
     torch.autograd.grad(last.sum(), triton.unembed.weight)
 
 
+def test_the_load_is_the_one_that_the_kernels_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without padding nothing is counted a second time."""
+    monkeypatch.delattr("workbench.models.moe.count_slots")
+    for tokens in (FEW, TOKENS):
+        _, cache = model("triton").run_with_cache(tokens, names_filter=[MLP + "expert_load", MLP + "expert_ids"])
+        counts = torch.bincount(cache[MLP + "expert_ids"].flatten(), minlength=8)
+        assert torch.allclose(cache[MLP + "expert_load"], counts / counts.sum())
+
+
 def test_generation() -> None:
     got, expected = (generate(model(impl), FEW, max_new_tokens=4, temperature=0.0) for impl in ("triton", "sorted"))
     assert torch.equal(got.tokens, expected.tokens)

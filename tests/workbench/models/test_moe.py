@@ -134,6 +134,14 @@ def test_load_counts_tokens_and_not_padding(moe: Qwen3Moe, tokens: Tensor) -> No
     assert expert_load(torch.empty(0, 3).long(), None, 4).tolist() == [0, 0, 0, 0]
 
 
+def test_counting_the_load_waits_for_no_device() -> None:
+    """The meta device has no values: whatever would wait for them raises there."""
+    ids, valid = torch.zeros(2, 3, 2, dtype=torch.int64, device="meta"), torch.ones(2, 3, dtype=bool, device="meta")
+    for counted in (None, valid):
+        load = expert_load(ids, counted, 4)
+        assert (load.shape, load.dtype) == ((4,), torch.float32)
+
+
 def test_implementations_give_the_same_model(moe: Qwen3Moe, tokens: Tensor) -> None:
     for impl in ("reference", "grouped_mm"):
         other = build_model(QWEN3_MOE, moe_impl=impl)
