@@ -228,3 +228,16 @@ def test_controls_have_student_intervals(moe: Qwen3Moe) -> None:
     assert centre.to_list() == pytest.approx(table["difference"].to_list(), abs=1e-9), (
         "symmetric, as a bootstrap's is not"
     )
+
+
+def test_only_p_sees_the_expert_among_its_controls(
+    moe: Qwen3Moe, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool of p holds the expert; the mean it is compared with holds others alone."""
+    plain = expert_controls(moe, pairs, METRIC, 2, 1, 3, n_draws=9, n_directions=3).frame
+    monkeypatch.setattr(
+        "workbench.experiments.expert_controls._draw_with", lambda slots, other, own, n, _: own.expand(n, -1)
+    )
+    table = expert_controls(moe, pairs, METRIC, 2, 1, 3, n_draws=9, n_directions=3).frame
+    assert table["p_draws"][0] == 1
+    assert table["control_effect"][0] == plain["control_effect"][0]
