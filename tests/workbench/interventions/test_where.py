@@ -164,18 +164,18 @@ def test_caches_that_take_turns_keep_their_own_prompts(model: Llama, tokens: Ten
 
     def run() -> None:
         caches = [model.new_cache(1, 12), model.new_cache(1, 12)]
-        for prompt, cache in zip((long, short), caches, strict=True):
+        for prompt, cache in zip((short, long), caches, strict=True):
             model(prompt, cache=cache)
         for cache in (*caches, *caches):
             model(tokens[:1, :1], cache=cache)
 
     decode = touched(model, Where(phase="decode"), run)
-    assert decode[:2] == [[[False] * 7], [[False] * 4]]
+    assert decode[:2] == [[[False] * 4], [[False] * 7]]
     assert decode[2:] == [[[True]]] * 4
     last = touched(model, Where(positions=(-1, 8)), run)
-    assert [i for i, hit in enumerate(last[0][0]) if hit] == [6]
-    assert [i for i, hit in enumerate(last[1][0]) if hit] == [3]
-    assert last[2:] == [[[False]], [[False]], [[True]], [[False]]], "position 8 of the long one only"
+    assert [i for i, hit in enumerate(last[0][0]) if hit] == [3]
+    assert [i for i, hit in enumerate(last[1][0]) if hit] == [6]
+    assert last[2:] == [[[False]], [[False]], [[False]], [[True]]], "position 8 of the long one only"
 
 
 @torch.no_grad()
