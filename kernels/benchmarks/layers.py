@@ -127,7 +127,7 @@ class Bench:
             y, routing = fused_moe(x, layer.router, *used, self.shape.k, impl=self.impl)
             forced = Intervene(forced_ids=routing.expert_ids)
             expected, oracle = reference_moe(x, layer.router, *used, self.shape.k, intervene=forced)
-            who = f"ours {routing.impl} {routing.path or ''} {name}".strip()
+            who = " ".join(filter(None, ("ours", routing.impl, routing.path, name)))
             right &= self._judge(who, n_tokens, relative(y, expected), 1e-5 if self.dtype == torch.float32 else 8e-3)
             missed = missed_by(oracle.router_logits, routing.expert_ids)
             right &= self._judge(f"{who}, routing", n_tokens, missed, 1e-4)  # both rank in float32 or better
