@@ -13,7 +13,8 @@ from workbench_kernels.moe.plan import NEEDS
 
 REFUSAL = r"got 'triton'\. Use moe_impl='grouped_mm' or 'sorted'"
 FLOATING = {
-    "router_bias": (4,), "expert_scale": (4,), "expert_add": (4, 12), "forced_weights": (2, 2), "replace_rows": (2, 2, 12),
+    "router_bias": (4,), "expert_scale": (4,), "expert_add": (4, 12), "forced_weights": (2, 2),
+    "replace_rows": (2, 2, 12),
 }  # fmt: skip
 
 
