@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import polars as pl
@@ -277,7 +278,7 @@ def weights_hash(model: Llama, sample: int = 1 << 20) -> str:
     sums of their bits over blocks of BLOCK values: a 32B model takes seconds, and no single change stays unseen.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in chain(model.named_parameters(), model.named_buffers()):  # quantised experts are buffers
         flat = parameter.detach().reshape(-1)
         step = -(-flat.numel() // sample)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
@@ -288,6 +289,6 @@ def weights_hash(model: Llama, sample: int = 1 << 20) -> str:
 
 
 def _block_sums(flat: Tensor) -> Tensor:  # [value] -> int64 [block]
-    bits = flat.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    bits = flat.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     whole = bits[: len(bits) // BLOCK * BLOCK].view(-1, BLOCK).sum(1, dtype=torch.int64)
     return torch.cat((whole, bits[len(whole) * BLOCK :].sum(dtype=torch.int64)[None]))

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from conftest import QWEN3_MOE
 
 from workbench.axes import ROUTING_COLUMNS
 from workbench.capture import (
@@ -198,3 +199,13 @@ def test_router_inputs_are_means_over_real_tokens(moe: Qwen3Moe) -> None:
     mine = frame.filter(pl.col("doc_id") == "c", pl.col("layer") == 2)["mean_in"].to_list()[0]
     np.testing.assert_allclose(mine, cache["blocks.2.ln2.hook_normalized"][0].mean(0), atol=1e-5)
     assert len(frame) == 6
+
+
+@pytest.mark.filterwarnings("ignore:int8 or int4 experts")
+def test_the_weights_hash_sees_quantised_experts() -> None:
+    model = build_model(QWEN3_MOE, experts="int8")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.zero_()
+    before = weights_hash(model)
+    next(buffer for buffer in model.buffers() if buffer.dtype == torch.int8).view(-1)[7] = 1
+    assert weights_hash(model) != before
