@@ -84,8 +84,8 @@ class Moe(nn.Module):
         routed, tiles = stages.order(layer, routed)
         if self.hook_expert_load.listened:
             ids = routed.ids.unflatten(0, x.shape[:2])  # [batch pos k]
-            load = routed.load if valid is None else expert_load(ids, valid, self.cfg.n_experts)
-            self.hook_expert_load(load)  # [expert]
+            load = routed.load if valid is None else None  # the kernels count padding too
+            self.hook_expert_load(expert_load(ids, valid, self.cfg.n_experts) if load is None else load)  # [expert]
         out, _ = stages.experts(layer, routed, tiles, taps)
         return without_gradient(out, x, *weights, error=HookError).view_as(x)
 
