@@ -65,13 +65,13 @@ def decode_gate_up_kernel(
     if token_mask is not None:
         shown = shown & (tl.load(token_mask + slot // K) != 0)
     if pre is not None:
-        tl.store(pre + out, gate.to(dtype), mask=shown)
+        tl.store(pre + out, tl.where(shown, gate, 0.0).to(dtype), mask=mask)
     if linear is not None:
-        tl.store(linear + out, up.to(dtype), mask=shown)
+        tl.store(linear + out, tl.where(shown, up, 0.0).to(dtype), mask=mask)
     product = swiglu(gate, up, dtype, ROUND)
     tl.store(hidden + out, product, mask=mask)
     if post is not None:
-        tl.store(post + out, product, mask=shown)
+        tl.store(post + out, tl.where(shown, product, 0.0).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def decode_down_kernel(
                 shown = shown & (tl.load(expert_mask + expert) != 0)
             if token_mask is not None:
                 shown = shown & (tl.load(token_mask + token) != 0)
-            tl.store(kept + cell, stored, mask=shown)
+            tl.store(kept + cell, tl.where(shown, stored, 0.0).to(dtype), mask=mask)
         if mixed is not None:
             product = stored.to(tl.float32) * tl.load(weights + slot)
             if ROUND:

@@ -72,7 +72,7 @@ def gate_up_kernel(
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     FMT: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """hidden[slot] = silu(gate) · up; pre, linear and post keep gate, up and hidden of the slots that are asked for."""
+    """hidden[slot] = silu(gate) · up; pre, linear and post show gate, up and hidden: zeros outside the masks."""
     tile, block = place(tl.program_id(0), MAX_TILES, tl.cdiv(F, BN), GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
@@ -121,13 +121,13 @@ def gate_up_kernel(
     if token_mask is not None:
         shown = shown & (tl.load(token_mask + slot // K, mask=row_mask, other=0) != 0)[:, None]
     if pre is not None:
-        tl.store(pre + out, gate.to(dtype), mask=shown)
+        tl.store(pre + out, tl.where(shown, gate, 0.0).to(dtype), mask=out_mask)
     if linear is not None:
-        tl.store(linear + out, up.to(dtype), mask=shown)
+        tl.store(linear + out, tl.where(shown, up, 0.0).to(dtype), mask=out_mask)
     product = swiglu(gate, up, dtype, ROUND)
     tl.store(hidden + out, product, mask=out_mask)
     if post is not None:
-        tl.store(post + out, product, mask=shown)
+        tl.store(post + out, tl.where(shown, product, 0.0).to(dtype), mask=out_mask)
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def down_kernel(
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     FMT: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """y[slot] = the expert's output after its interventions; `kept` keeps those of the slots that are asked for."""
+    """y[slot] = the expert's output after its interventions; `kept` shows them: zeros outside the masks."""
     tile, block = place(tl.program_id(0), MAX_TILES, tl.cdiv(D, BN), GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
@@ -211,4 +211,4 @@ def down_kernel(
             shown = shown & (tl.load(expert_mask + expert) != 0)
         if token_mask is not None:
             shown = shown & (tl.load(token_mask + slot // K, mask=row_mask, other=0) != 0)[:, None]
-        tl.store(kept + cell, out, mask=shown)
+        tl.store(kept + cell, tl.where(shown, out, 0.0).to(dtype), mask=out_mask)

@@ -148,7 +148,7 @@ def experts(
 
 
 class _Kept:
-    """The buffers of what is asked for: zeros where a selection leaves slots out, and none where nobody asks."""
+    """The buffers of what is asked for; the kernels write every slot of them, zeros outside a selection."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer, self.need = layer, layer.need
@@ -159,7 +159,7 @@ class _Kept:
     def buffer(self, name: str, shape: tuple[int, ...], always: bool = False) -> Tensor | None:
         if name not in self.need.names and not always:
             return None
-        return self.layer.x.new_zeros(shape) if self.need.restricted and not always else self.layer.new(*shape)
+        return self.layer.new(*shape)
 
     def copy(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """For what exists anyway: a copy is only kept of a selection."""
