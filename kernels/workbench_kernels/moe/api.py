@@ -133,5 +133,6 @@ def without_gradient(y: Tensor, *inputs: Any, error: type[Exception] = RuntimeEr
 def _without_gradient(routing: Routing, *inputs: Any) -> Routing:
     """The same for all that has a gradient elsewhere; ids and their counts have none anywhere."""
     names = ("router_logits", "routing_weights", *NEEDS)
-    found: dict[str, Any] = {name: getattr(routing, name) for name in names if getattr(routing, name) is not None}
-    return replace(routing, **{name: without_gradient(tensor, *inputs) for name, tensor in found.items()})
+    found = {name: getattr(routing, name) for name in names if getattr(routing, name) is not None}
+    guarded: dict[str, Any] = {name: without_gradient(tensor, *inputs) for name, tensor in found.items()}
+    return replace(routing, **guarded)
