@@ -61,7 +61,7 @@ def safe_blocks(path: str, dtype: torch.dtype) -> Blocks:
         name: part | {"bk": max(32, part["bk"] // 2)} for name, part in blocks.items() if name in ("gate_up", "down")
     }
     if path == "tile":
-        narrow["gate_up"] |= {"bn": 32, "warps": 4}
+        narrow = narrow | {"bm": 32, "gate_up": narrow["gate_up"] | {"bn": 32, "warps": 4}}
     return blocks | narrow
 
 
