@@ -82,8 +82,8 @@ def random_cache(model: Llama, batch: int, context: int) -> KVCache:
     """Keys and values of `context` positions, as large as projections of normalised streams are, and room for one."""
     cache = model.new_cache(batch, context + 1)
     generator = torch.Generator(model.device).manual_seed(batch)
-    cache.keys.normal_(generator=generator)
-    cache.values.normal_(generator=generator)
+    for layer in (*cache.keys, *cache.values):
+        layer.normal_(generator=generator)
     cache.n_seen = context
     return cache
 

@@ -34,7 +34,6 @@ def transformers_cache(cache: KVCache, context: int) -> Any:
     from transformers import DynamicCache
 
     past = DynamicCache()
-    for layer in range(cache.keys.shape[0]):
-        keys, values = (kept[layer, :, :context].transpose(1, 2).contiguous() for kept in (cache.keys, cache.values))
-        past.update(keys, values, layer)
+    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):  # [batch kv_head pos d_head]
+        past.update(keys[:, :, :context].contiguous(), values[:, :, :context].contiguous(), layer)
     return past
