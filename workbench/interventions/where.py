@@ -95,6 +95,7 @@ class Batch:
         self._rows = _Rows(torch.empty(0), [])
         # several caches may take turns in one block, and each continues its own sequences
         self._by_cache: WeakKeyDictionary[Any, _Rows] = WeakKeyDictionary()
+        self._tokens: Tensor | None = None
         self._segments: list[list[str]] | None = None
         self._masks: dict[Where, Tensor | None] = {}
 
