@@ -56,7 +56,7 @@ def _first(group: pl.DataFrame, max_tokens: int) -> list[str]:
 
 
 def _token_bytes(run: Run) -> int:
-    """What one token takes in an explorer: ids, weights and two quantities of every layer in base64, text and tooltip."""
+    """Of one token in an explorer: ids, weights and two quantities of every layer in base64, text, tooltip."""
     n_layers, k = run.manifest["counts"]["n_routed_layers"], run.manifest["model"]["k"]
     packed = n_layers * (k * (1 if run.n_experts <= 256 else 2) + k + 4)
     return packed * 4 // 3 + 4 * n_layers + 150

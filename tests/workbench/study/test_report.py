@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -32,6 +33,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def explorer_data(text: str) -> dict[str, Any]:
+    found = re.search(r'data-workbench-explorer="1">.*?<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    return json.loads(found.group(1))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,9 @@ def test_the_page_asks_for_nothing_outside_itself(page: str) -> None:
 
 def test_hostile_prompts_stay_text(page: str) -> None:
     parsed = Page(page)
-    assert [name for name, _ in parsed.tags].count("script") == 17  # thirteen figures, the explorer's data, plotly, our own, the explorer's
+    assert [name for name, _ in parsed.tags].count(
+        "script"
+    ) == 17  # thirteen figures, the explorer's data, plotly, our own, the explorer's
     assert "img" not in [name for name, _ in parsed.tags]
     assert "alert(1)</script>" not in page
 
@@ -91,8 +99,7 @@ def test_hostile_prompts_are_shown_as_they_are(
 
 
 def test_the_explorer_holds_pairs_and_efforts_of_the_run(finished_run: Run, page: str) -> None:
-    data = re.search(r'data-workbench-explorer="1">.*?<script type="application/json">(.*?)</script>', page, re.S).group(1)
-    payload = json.loads(data)
+    payload = explorer_data(page)
     assert payload["compare"]
     groups = {doc["group_id"] for doc in payload["docs"]}
     assert 1 <= len(groups) <= N_GROUPS
@@ -170,8 +177,8 @@ def test_plain_text_in_one_language_gives_a_smaller_page(small: Llama, prompts: 
     assert "5 texts in English from 5 prompt groups" in text
     assert "英語のプロンプトを与え" in text
     assert "日本語と英語のプロンプト" not in text
-    assert "written by the model" not in text
-    assert "as the model saw it" in text
+    assert "as the model saw them" in text
+    assert {phase for doc in explorer_data(text)["docs"] for _, phase, _ in doc["runs"]} == {"prefill"}
     assert "one pass over each whole text" in text
     assert 'data-figure="divergence"' not in text
     assert "bare text after a BOS token and not answered" in text
