@@ -42,13 +42,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return found
 
 
-def same(results: dict[str, dict[str, Any]], name: str) -> None:
-    """All ways agree on `name`, to what eager and fused attention round differently."""
-    ours = results["workbench"][name]
-    for way, found in results.items():
-        for one, other in zip(_tensors(ours), _tensors(found[name]), strict=True):
-            assert one.shape == other.shape, way
-            assert (one - other).abs().max() <= 1e-4 * one.abs().max(), way
+ROUNDING = 5e-5  # of the largest number that was computed with: eager and fused attention sum in another order
+
+
+def largest(results: dict[str, dict[str, Any]], name: str) -> float:
+    """What the rounding of `name` is relative to: a difference of logits rounds as the logits do."""
+    scale = "before" if name in ("effect", "dropped") else name
+    return max(float(tensor.abs().max()) for tensor in _tensors(results["workbench"][scale]))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -69,8 +69,12 @@ def test_the_versions_on_the_page_are_the_pinned_ones() -> None:
 
 @pytest.mark.parametrize("name", ["resid", "patched", "router_logits", "effect", "dropped"])
 def test_all_ways_give_the_same_numbers(results: dict[str, dict[str, Any]], name: str) -> None:
-    same(results, name)
-    assert all(tensor.abs().max() > 0.01 for tensor in _tensors(results["workbench"][name]))
+    ours, noise = _tensors(results["workbench"][name]), ROUNDING * largest(results, name)
+    assert all(tensor.abs().max() > 20 * noise for tensor in ours), "large enough to be told apart"
+    for way, found in results.items():
+        for one, other in zip(ours, _tensors(found[name]), strict=True):
+            assert one.shape == other.shape, way
+            assert (one - other).abs().max() <= noise, way
 
 
 def test_all_ways_write_the_same_tokens(results: dict[str, dict[str, Any]]) -> None:
@@ -94,7 +98,7 @@ def test_all_ways_find_the_same_experts(results: dict[str, dict[str, Any]]) -> N
 
 def test_the_two_meanings_of_a_knock_out_differ(results: dict[str, dict[str, Any]]) -> None:
     ours = results["workbench"]
-    assert (ours["effect"] - ours["dropped"]).abs().max() > 0.01
+    assert (ours["effect"] - ours["dropped"]).abs().max() > 20 * ROUNDING * largest(results, "effect")
 
 
 def test_an_edit_in_one_invoke_of_stock_nnsight_moves_the_other_prompt(results: dict[str, dict[str, Any]]) -> None:

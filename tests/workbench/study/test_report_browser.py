@@ -39,6 +39,7 @@ def opened(request: pytest.FixtureRequest, browser, finished_run: Run) -> Iterat
     path = write_report(finished_run)
     context = browser.new_context(color_scheme=request.param, viewport={"width": 1280, "height": 900})
     context.set_offline(True)
+    context.set_default_timeout(120_000)  # a page of 5 MB on a machine that does other things
     page = context.new_page()
     found = Opened(page)
 
@@ -155,6 +156,7 @@ def test_a_click_on_an_expert_leads_to_its_card_and_back(opened: Opened) -> None
 def test_without_scripts_the_conversations_stay_readable(browser, finished_run: Run) -> None:
     path = write_report(finished_run)
     page = browser.new_context(java_script_enabled=False).new_page()
+    page.set_default_timeout(120_000)
     page.goto(path.as_uri())
     assert page.get_by_text("drawn by scripts inside it").is_visible()
     token = page.locator(".wbx-plain span[title]").first
