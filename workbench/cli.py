@@ -111,6 +111,7 @@ def memory(arguments: argparse.Namespace) -> None:
         config_of(arguments.model),
         arguments.context,
         dtype=DTYPES[arguments.dtype],
+        experts=arguments.experts,
         batch=arguments.batch_size,
         chunk=arguments.prefill_chunk,
         record=arguments.record,
@@ -152,6 +153,7 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
     add("--record", type=_names, default=(), metavar="LIST", help="routing and hook points, such as routing,resid_post")
     add("--in-memory", action="store_true", help="keep records in memory instead of files")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    add("--experts", choices=("plain", "int8", "int4"), default="plain", help="how experts are held (default: plain)")
     add("--device", default="cpu", help="whose free memory counts: cpu, cuda ... (default: %(default)s)")
     add("--available", type=float, metavar="GIB", help="memory to plan for instead of what is free now")
     command.set_defaults(run=memory)
