@@ -73,6 +73,12 @@ def render_report(
     Everything is escaped: prompts and answers may hold any markup. A content security policy lets only the page's own
     two scripts run and forbids every request.
     """
+    values = {"facts": facts, "examples": examples, "settings": settings, "cards": cards}
+    return render_page("report.html.j2", figures, values)
+
+
+def render_page(template: str, figures: Mapping[str, go.Figure], values: Mapping[str, Any]) -> str:
+    """A template of this folder with its figures, `values`, and the style and scripts that make it a page by itself."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -81,16 +87,13 @@ def render_report(
         lstrip_blocks=True,
     )
     scripts = (_plotly_js(), _read("report.js"))
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         figures={name: Markup(figure.to_json()) for name, figure in figures.items()},  # plotly escapes <, > and /
         heights={name: figure.layout.height for name, figure in figures.items()},
-        facts=facts,
-        examples=examples,
-        settings=settings,
-        cards=cards,
         style=Markup(_read("report.css")),
         scripts=[Markup(script) for script in scripts],
         script_hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+        **values,
     )
 
 
