@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+import workbench
 from workbench.axes import LANGUAGES
 from workbench.capture import capture_routing, suitable_threads
 from workbench.errors import RunError
@@ -30,7 +31,11 @@ from workbench.interventions import Intervention
 from workbench.io.run_files import atomic, check_same, write_text
 
 LOAD_BATCH = 32
-SOFTWARE = ("lm_eval", "torch", "polars", "llm-jp-4-workbench")
+SOFTWARE = ("lm_eval", "torch", "polars")
+_ASKED = (
+    "output_type", "description", "doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter",
+    "fewshot_delimiter", "generation_kwargs", "process_results",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class Ablator:
             "format": 1,
             **describe_model(lm.model),
             "tokenizer": lm.model.tokenizer.hash,
+            "task_names": sorted(self.tasks["tasks"]),
             "tasks": {name: _task_hash(task, plan.limit) for name, task in sorted(self.tasks["tasks"].items())},
             "settings": {
                 "limit": plan.limit, "num_fewshot": plan.num_fewshot, "chat": plan.chat, "effort": lm.effort,
@@ -122,9 +128,8 @@ class Ablator:
             found = json.loads(file.read_text(encoding="utf-8"))
             check_same(self.out, found, wanted)
             return dict(found)
-        manifest = wanted | {
-            "software": {"python": platform.python_version(), **{name: version(name) for name in SOFTWARE}}
-        }
+        software = {"workbench": workbench.__version__, "python": platform.python_version()}
+        manifest = wanted | {"software": software | {name: version(name) for name in SOFTWARE}}
         write_text(file, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
         return manifest
 
@@ -154,6 +159,12 @@ def _right_text(task: Any, doc: dict[str, Any]) -> str:
 
 
 def _task_hash(task: Any, limit: int | None) -> str:
-    docs = [json.dumps(doc, sort_keys=True, default=str, ensure_ascii=False) for doc in list(task.eval_docs)[:limit]]
-    asked = json.dumps(task.dump_config(), sort_keys=True, default=lambda value: getattr(value, "__name__", ""))
-    return hashlib.sha256("\n".join([asked, *docs]).encode()).hexdigest()[:16]
+    """Over the items and how they are asked; functions count by name, since their text says where they lie."""
+    asked = {name: task.get_config(name) for name in _ASKED}
+    parts = [asked, *list(task.eval_docs)[:limit]]
+    text = "\n".join(json.dumps(part, sort_keys=True, ensure_ascii=False, default=_plainly) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plainly(value: Any) -> str:
+    return str(getattr(value, "__name__", type(value).__name__))

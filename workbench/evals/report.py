@@ -16,6 +16,7 @@ from workbench.stats.losses import item_losses
 
 LANGUAGE = {"ja": "Japanese", "en": "English"}
 ALPHA = 0.05
+MATCHED = (0.8, 1.25)  # controls whose load lies outside this share of the target's are said not to match
 
 
 def write_report(found: Ablation) -> Path:
@@ -89,6 +90,7 @@ def findings(found: Ablation) -> list[str]:
             "No target carries a language by these tests: none costs one language more than the other beyond what "
             "random experts of the same layers and load do."
         )
+    lines += _unmatched(found)
     least = found.judged.select(pl.col("n_tests") / (1 + pl.col("n_controls"))).to_series().drop_nulls()
     if len(least) and float(least.min()) > ALPHA:  # type: ignore[arg-type]
         lines.append(
@@ -96,6 +98,18 @@ def findings(found: Ablation) -> list[str]:
             "these tests could not have found anything. Take more controls or fewer targets."
         )
     return lines
+
+
+def _unmatched(found: Ablation) -> list[str]:
+    """A line for every target whose controls do not take about as many tokens, as the busiest experts' cannot."""
+    controls = found.conditions.filter(pl.col("role") == "control").group_by("target", maintain_order=True)
+    ratios = controls.agg(pl.col("load_ratio").median()).drop_nulls()
+    return [
+        f"{target}: its controls take {ratio:.2f} of its tokens in the median, for want of others as "
+        f"{'busy' if ratio < 1 else 'idle'}; some of the difference may be load alone."
+        for target, ratio in ratios.iter_rows()
+        if not MATCHED[0] <= ratio <= MATCHED[1]
+    ]
 
 
 def _finding(row: dict[str, Any], metric: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,10 @@ import polars as pl
 import pytest
 
 from tests.checkpoints import run_python
-from workbench.cli import main
+from workbench.cli import _parser, main
 from workbench.errors import RunError
 from workbench.evals.adapter import WorkbenchLM
-from workbench.evals.harness import evaluate, item_frame, load_tasks
+from workbench.evals.harness import TASKS, evaluate, item_frame, load_tasks
 from workbench.models import Llama
 
 
@@ -185,3 +188,38 @@ def test_a_package_that_a_task_needs_is_named(base: Llama) -> None:
     except ModuleNotFoundError:
         with pytest.raises(RunError, match="ja_leaderboard_xlsum: expected"):
             load_tasks(["ja_leaderboard_xlsum"])
+
+
+GUIDE = (Path(__file__).resolve().parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+def guide_blocks(language: str) -> list[str]:
+    return [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE, re.M | re.S) if kind == language]
+
+
+def test_the_guides_commands_exist() -> None:
+    lines = [line for block in guide_blocks("") for line in block.splitlines()]
+    own = [line for line in lines if not line.startswith("workbench serve")]
+    assert len(own) >= 9
+    for line in own:
+        program, *arguments = shlex.split(line)
+        assert program == "workbench"
+        assert _parser().parse_args(arguments).run.__module__ == "workbench.evals.commands"
+    for script in re.findall(r"`python (data/\S+\.py)`", GUIDE):
+        assert (Path(__file__).resolve().parents[3] / script).is_file()
+
+
+def test_the_guides_python_runs() -> None:
+    (block,) = guide_blocks("python")
+    names: dict[str, Any] = {}
+    exec(compile(block, "evaluation.md", "exec"), names)
+    assert len(names["found"].items) == 8 * 3
+
+
+def test_the_guide_names_every_task() -> None:
+    known = {path.stem for path in TASKS.glob("*.yaml")}
+    named: set[str] = set()
+    for pattern in re.findall(r"^\| `(workbench_\S+)` \|", GUIDE, re.M):
+        options = [part.split(",") for part in re.findall(r"\{(.*?)\}", pattern)]
+        named |= {re.sub(r"\{.*?\}", "{}", pattern).format(*chosen) for chosen in itertools.product(*options)}
+    assert named == known

@@ -28,6 +28,7 @@ PLAIN = {
         ("<|startoftext|>質問：日本の首都はどこですか。\n答え：", {"until": ["。", "\n\n"], "max_gen_toks": 24}),
         ("Question: What is 2 + 3?\nAnswer:", {"until": ["Question:"], "max_gen_toks": 24, "do_sample": False}),
         ("one two three " * 200, {"until": [], "max_gen_toks": 20}),
+        ("<|start|>user<|message|>2 + 3 はいくつですか。<|end|><|start|>assistant", {"until": [], "max_gen_toks": 64}),
     ],
 }
 
@@ -62,9 +63,10 @@ def test_equal_to_the_transformers_backend(name: str) -> None:
         str(resolve(name)), device="cpu", dtype="float32", batch_size=8, think_end_token=12 if is_thinking else None
     )
     ours = WorkbenchLM(name, batch_size=8, add_bos=False, progress=False)
+    everything = WorkbenchLM(ours.model, batch_size=8, add_bos=False, answers="all", progress=False)
     plain = HFLM(theirs.model, tokenizer=theirs.tokenizer, batch_size=3) if is_thinking else theirs
     for kind in PLAIN:
-        found, wanted = (getattr(lm, kind)(instances(kind)) for lm in (ours, plain))
+        found, wanted = (getattr(lm, kind)(instances(kind)) for lm in (everything, plain))
         assert_same(found, wanted, f"{name} {kind}")
     tasks = ["workbench_base"]
     if is_thinking:

@@ -24,7 +24,9 @@ from workbench.evals.targets import (
 from workbench.interventions import AddVector, KnockOut, ProjectOut, SetActivation, Where
 from workbench.models import Llama, Qwen3Moe
 
-LOAD = np.random.default_rng(0).dirichlet(np.ones(32), size=4) * 4  # [layer expert]
+LOAD = np.random.default_rng(0).lognormal(-2, 0.5, size=(4, 32))  # [layer expert]
+LOAD[0, [3, 9]] = np.sort(LOAD[0])[[10, 20]]  # neither the busiest of their layers nor the idlest
+LOAD[2, 11] = np.sort(LOAD[2])[16]
 
 
 def test_places_as_text_and_in_files(tmp_path: Path) -> None:
