@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from workbench.chat import Message, parse, render
+from workbench.chat import Message, render
 from workbench.errors import ConfigError
+from workbench.evals.answers import cut_at, final_text, whole_text
 from workbench.evals.languages import item_language
 from workbench.evals.scoring import Changes, Pair, Writing, score, write
 from workbench.interventions import Intervention, load_interventions
 from workbench.models import Llama
+from workbench.models.sampling import row_seeds
 
 CHAT_START, FINAL_HEADER = "<|start|>", "<|channel|>final<|message|>"
 GENERATION_PROMPT = "<|start|>assistant"
@@ -196,9 +200,23 @@ class WorkbenchLM(TemplateLM):  # type: ignore[misc]
         how, until = self._how(arguments, final)
         prompts = [self._cut(self.tok_encode(request.args[0]), how.max_new_tokens) for request in requests]
         langs = [language_of(request) for request in requests]
+        if how.seed is not None:
+            how = replace(how, seed=self._seeds([request.args[0] for request in requests]))
         written = write(self.model, prompts, how, self.changes, langs, self.batch_size, done)
-        texts = map(self.final_text if final else self.whole_text, prompts, written)
-        return [_cut_at(text, until) for text in texts]
+        texts = [
+            final_text(self._tokens, prompt, ids) if final else whole_text(self._tokens, ids)
+            for prompt, ids in zip(prompts, written, strict=True)
+        ]
+        return [cut_at(text, until) for text in texts]
+
+    def _seeds(self, contexts: Sequence[str]) -> list[int]:
+        """A task may ask the same several times, to vote say: each time draws anew, and the same in every run."""
+        asked: Counter[str] = Counter()
+        seeds = []
+        for context in contexts:
+            seeds.append(row_seeds(self.seed, asked[context] + 1)[-1])
+            asked[context] += 1
+        return seeds
 
     def _how(self, arguments: dict[str, Any], final: bool) -> tuple[Writing, list[str]]:
         given = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
@@ -228,19 +246,6 @@ class WorkbenchLM(TemplateLM):  # type: ignore[misc]
         self.counts["contexts_cut"] += len(prompt) > room
         return prompt[-room:]
 
-    def final_text(self, prompt: Sequence[int], written: Sequence[int]) -> str:
-        """What was written in the final channel last, without what the prompt had begun; empty if nothing was."""
-        last = parse([*prompt, *written], self._tokens)[-1]
-        if last.role != "assistant" or last.channel != "final":
-            return ""
-        span = last.content_span
-        ids = [*prompt, *written][max(span.start, len(prompt)) : span.stop]
-        return str(self._tokens.to_string(ids, skip_special=True)).lstrip()
-
-    def whole_text(self, prompt: Sequence[int], written: Sequence[int]) -> str:
-        """Everything written, special tokens left out before decoding, as transformers does."""
-        return str(self._tokens.to_string([token for token in written if not self._tokens.is_special(token)]))
-
     def _bar(self, what: str, total: int, disabled: bool) -> Any:
         return tqdm(total=total, desc=what, unit="item", disable=True if disabled or not self.progress else None)
 
@@ -263,12 +268,6 @@ def language_of(request: Instance) -> str | None:
     """The item's own `lang`; else what the task's name says; else None."""
     doc = request.doc if isinstance(request.doc, dict) else {}
     return item_language(doc, request.task_name or "")
-
-
-def _cut_at(text: str, until: Sequence[str]) -> str:
-    for stop in until:
-        text = text.split(stop)[0]
-    return text
 
 
 def _as_model(given: str | Llama, device: str, dtype: str | None, moe_impl: str) -> Llama:

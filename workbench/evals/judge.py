@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from workbench.chat import Message, parse, render_tokens
+from workbench.chat import Message, render_tokens
 from workbench.errors import RunError
+from workbench.evals.answers import final_message
 from workbench.evals.scoring import Changes, Writing, write
 from workbench.interventions import Intervention
 from workbench.io.hub import model_name
@@ -211,9 +212,9 @@ def _prompt(model: Llama, row: Row, turn: int, benchmark: Benchmark, asking: Ask
 
 def _final(model: Llama, prompt: Sequence[int], written: Sequence[int]) -> tuple[str | None, str | None]:
     """What was answered, and what is wrong with it."""
-    last = parse([*prompt, *written], model.tokenizer)[-1]
-    if last.role == "assistant" and last.channel == "final":
-        return last.content, None if last.end in ("return", "end") else "The answer was cut at max_tokens."
+    message = final_message(model.tokenizer, prompt, written)
+    if message is not None:
+        return message.content, None if message.end in ("return", "end") else "The answer was cut at max_tokens."
     return None, f"No answer in the final channel within {len(written)} tokens."
 
 

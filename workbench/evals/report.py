@@ -71,12 +71,19 @@ def facts(found: Ablation) -> dict[str, Any]:
 
 def measured(found: Ablation, counts: dict[str, Any]) -> str:
     n_controls = found.conditions.filter(pl.col("role") == "control").height
-    halves = "" if found.scan is None else " of the half that was not used to choose"
+    halves = ""
+    if found.scan is not None:
+        tried = f"the {len(found.scan)} experts of layers {_layers(found.scan)}"
+        halves = f", the half that was not used to choose among {tried}"
     return (
         f"{counts.get('n_items_ja', 0)} Japanese and {counts.get('n_items_en', 0)} English items from "
         f"{counts.get('n_groups', 0)} facts or families of numbers{halves}; {len(found.judged)} targets tested, "
         f"{n_controls} random controls; judged by {found.metric}, in {unit_of(found.metric)}."
     )
+
+
+def _layers(scan: pl.DataFrame) -> str:
+    return ", ".join(map(str, scan["layer"].unique().sort()))
 
 
 def findings(found: Ablation) -> list[str]:

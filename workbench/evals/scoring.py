@@ -98,14 +98,17 @@ def _read(log_probs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
 
 @dataclass(frozen=True)
 class Writing:
-    """How continuations are written; the arguments of `workbench.models.generate.generate` of the same names."""
+    """How continuations are written; the arguments of `workbench.models.generate.generate` of the same names.
+
+    seed: one for every prompt, which draws as if it were asked alone, or one for each.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     stop_strings: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] | None = None
 
@@ -119,17 +122,22 @@ def write(
     batch_size: int = 32,
     done: Done | None = None,
 ) -> list[list[int]]:
-    """The ids written after each prompt, a stop id included. Every prompt draws from the seed as if asked alone."""
+    """The ids written after each prompt, a stop id included, whatever shares its batch."""
     changes = changes or Changes()
     check_room(model, prompts, how.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     found: list[list[int]] = [[] for _ in prompts]
+
+    def seed_of(place: int) -> int:
+        assert how.seed is not None
+        return how.seed if isinstance(how.seed, int) else how.seed[place]
+
     with suitable_threads(model):
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            written = _write(model, [prompts[place] for place in chunk], how, changes.on(
-                model, [langs[place] if langs else None for place in chunk]
-            ))  # fmt: skip
+            interventions = changes.on(model, [langs[place] if langs else None for place in chunk])
+            seeds = None if how.seed is None else [seed_of(place) for place in chunk]
+            written = _write(model, [prompts[place] for place in chunk], how, seeds, interventions)
             for place, ids in zip(chunk, written.continuations(), strict=True):
                 found[place] = ids
             if done is not None:
@@ -137,9 +145,14 @@ def write(
     return found
 
 
-def _write(model: Llama, prompts: Sequence[Sequence[int]], how: Writing, interventions: Interventions) -> Generation:
+def _write(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    how: Writing,
+    seeds: list[int] | None,
+    interventions: Interventions,
+) -> Generation:
     tokens, mask = pad(prompts, left=True)
-    seeds = None if how.seed is None else [how.seed] * len(prompts)
     result = model.generate(
         tokens.to(model.device),
         mask.to(model.device),

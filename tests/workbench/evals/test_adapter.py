@@ -109,10 +109,12 @@ def test_only_the_final_channel_is_the_answer(thinking: Llama) -> None:
     assert none == ""
 
 
-def test_samples_are_repeatable(base: Llama) -> None:
+def test_samples_are_repeatable_and_repeats_differ(base: Llama) -> None:
     asked = [ask("generate_until", "<|startoftext|>", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12})] * 2
     first, second = (lm_of(base, seed=seed).generate_until(asked) for seed in (1, 2))
     assert lm_of(base, seed=1).generate_until(asked) == first
+    assert first[0] != first[1]  # asked twice, drawn twice
+    assert lm_of(base, seed=1).generate_until(asked[:1]) == first[:1]
     assert first != second
 
 
