@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workbench.errors import WorkbenchError
+from workbench.evals.commands import add_commands
 
 DEFAULT_MODEL = "nano-moe-thinking"
 
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("name", metavar="NAME")
     table.set_defaults(run=params)
     _add_memory(commands.add_parser("memory", help="what a long generation needs: weights, cache, records"))
+    add_commands(commands)
     return parser
 
 

@@ -58,6 +58,14 @@ def render_report(
     Everything is escaped: prompts and answers may hold any markup. A content security policy lets only the page's own
     scripts run and forbids every request.
     """
+    values = {"facts": facts, "settings": settings, "cards": cards}
+    return render_page("report.html.j2", figures, values, explorer)
+
+
+def render_page(
+    template: str, figures: Mapping[str, go.Figure], values: Mapping[str, Any], explorer: Explorer | None = None
+) -> str:
+    """A template of this folder with its figures and `values`, and with the style and scripts that it needs."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -66,16 +74,14 @@ def render_report(
         lstrip_blocks=True,
     )
     scripts = [_plotly_js(), _read("report.js"), *([explorer_script()] if explorer else [])]
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         figures={name: Markup(figure.to_json()) for name, figure in figures.items()},  # plotly escapes <, > and /
         heights={name: figure.layout.height for name, figure in figures.items()},
-        facts=facts,
         explorer=Markup(explorer.fragment()) if explorer else "",
-        settings=settings,
-        cards=cards,
         style=Markup(_read("report.css")),
         scripts=[Markup(script) for script in scripts],
         script_hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+        **values,
     )
 
 
