@@ -48,6 +48,7 @@ def describe_interventions(model: Llama) -> list[dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
         block = {"items": to_json(batch.items, tensors)["interventions"]}
         known = {
+            "row": None if batch.row is None else batch.row[0],
             "label": None if batch.label is None else metric_name(batch.label),
             "langs": None if batch.langs is None else list(batch.langs),
             "n_prompt": None if batch.given_n_prompt is None else list(map(int, batch.given_n_prompt)),
@@ -85,6 +86,7 @@ def refuse_row_interventions(model: Llama, experiment: str, by_token: bool = Fal
     """
     for batch in model.batches:
         reasons = ["n_prompt"] if batch.given_n_prompt is not None else []
+        reasons += ["interventions of a row of its own"] if batch.row is not None else []
         for item in batch.items:
             limits = ["langs", *(["positions", "segments", "phase"] if by_token else [])]
             reasons += [f"{item.kind} limited by {name}" for name in limits if getattr(item.where, name) is not None]

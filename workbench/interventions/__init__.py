@@ -16,7 +16,7 @@ from workbench.interventions.base import Intervention
 from workbench.interventions.experts import ForceExperts, KnockOut, Reweight, ScaleExperts, SetExpertOutput
 from workbench.interventions.files import from_json, load_interventions, save_interventions, to_json
 from workbench.interventions.routing import BiasRouter, FreezeRouting, SteerRouter, SwapRouting
-from workbench.interventions.session import Interventions, as_interventions
+from workbench.interventions.session import Interventions, PerRow, as_interventions
 from workbench.interventions.where import Where
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Interventions",
     "KnockOut",
     "PatchActivations",
+    "PerRow",
     "ProjectOut",
     "Reweight",
     "ScaleActivation",

@@ -76,9 +76,17 @@ class _Rows:
 class Batch:
     """The sequences that are running: which token each column of the present pass holds, and what is known of it."""
 
-    def __init__(self, label: Label | None, langs: Sequence[str] | None, n_prompt: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        items: Sequence[Any],
+        label: Label | None = None,
+        langs: Sequence[str] | None = None,
+        n_prompt: Sequence[int] | None = None,
+        row: tuple[int, int] | None = None,
+    ) -> None:
+        self.items = items  # the interventions that are attached with it
         self.label, self.langs, self.given_n_prompt = label, langs, n_prompt
-        self.items: Sequence[Any] = ()  # the interventions that are attached with it
+        self.row = row  # (number, of how many): of all that run this is told of one row alone; None: of all
         self.positions = self.valid = torch.empty(0)
         self._rows = _Rows(torch.empty(0), [])
         # several caches may take turns in one block, and each continues its own sequences
@@ -99,8 +107,11 @@ class Batch:
         """
         self._masks.clear()
         self._segments = None
-        self.positions = positions  # [batch pos]
-        self.valid = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else valid
+        if self.row is not None and self.row[1] != positions.shape[0]:
+            raise InterventionError(f"PerRow: expected {self.row[1]} rows in the batch, got {positions.shape[0]}.")
+        tokens = None if tokens is None else self.own(tokens)
+        self.positions = self.own(positions)  # [batch pos]
+        self.valid = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else self.own(valid)
         self.all_valid = valid is None
         self._rows = self._rows_of(cache if continues else None)
         if cache is not None:
@@ -108,6 +119,10 @@ class Batch:
         self._tokens = tokens
         if self.label is not None and tokens is not None:
             self._note(tokens)
+
+    def own(self, of_all: Any) -> Any:
+        """What is this batch's own of a tensor [batch ...] or a list with an entry for each row that runs."""
+        return of_all if self.row is None else of_all[self.row[0] : self.row[0] + 1]
 
     def _rows_of(self, cache: Any) -> _Rows:
         """What is known of the running sequences. When the block began after their prompt, that is all they held."""

@@ -21,7 +21,8 @@ from workbench.models.stopping import TextWatch, need_tokenizer
 if TYPE_CHECKING:
     import polars as pl
 
-    from workbench.interventions import Intervention, Interventions
+    from workbench.interventions import Intervention
+    from workbench.interventions.session import Attachable
     from workbench.models.cache import KVCache
     from workbench.models.llama import Llama
 
@@ -99,7 +100,7 @@ def generate(
     record: Sequence[str] = (),
     record_to: str | Path | None = None,
     on_text: OnText | None = None,
-    interventions: Interventions | Sequence[Intervention] = (),
+    interventions: Attachable | Sequence[Intervention] = (),
 ) -> Generation:
     """Continue each row until it writes a stop id or a stop string, or `max_new_tokens`.
 
@@ -184,7 +185,7 @@ def _prompt_lengths(model: Llama, n_prompt: list[int]) -> Iterator[None]:
     """Tell attached interventions where prompts end, which a chunk of a prompt cannot."""
     told = [batch for batch in model.batches if batch.given_n_prompt is None]
     for batch in told:
-        batch.given_n_prompt = n_prompt
+        batch.given_n_prompt = batch.own(n_prompt)
     try:
         yield
     finally:

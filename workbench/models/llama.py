@@ -13,7 +13,7 @@ from workbench.config import ModelConfig
 from workbench.errors import ConfigError, ShapeError
 from workbench.hooks import HookedModel, HookPoint
 from workbench.interventions.base import Intervention
-from workbench.interventions.session import Interventions, as_interventions
+from workbench.interventions.session import Attachable, as_interventions
 from workbench.interventions.where import Batch
 from workbench.models.attention import ATTENTION_IMPLEMENTATIONS, Attention
 from workbench.models.cache import CacheRows, KVCache, Prefix
@@ -79,7 +79,7 @@ class Llama(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         cache: KVCache | None = None,
-        interventions: Interventions | Sequence[Intervention] = (),
+        interventions: Attachable | Sequence[Intervention] = (),
     ) -> Tensor:
         """Logits [batch pos d_vocab]; with `stop_at_layer` the residual stream that enters that layer.
 
@@ -135,10 +135,11 @@ class Llama(HookedModel):
         return KVCache(self.cfg, batch, n_ctx, self.dtype, self.device, growing)
 
     @contextmanager
-    def intervene(self, interventions: Interventions | Intervention | Sequence[Intervention]) -> Iterator[Llama]:
+    def intervene(self, interventions: Attachable | Intervention | Sequence[Intervention]) -> Iterator[Llama]:
         """Interventions act on every pass inside the `with` block, generation included; nothing stays attached.
 
-        Pass `Interventions(items, label=..., langs=...)` when they are limited by segment or language.
+        Pass `Interventions(items, label=..., langs=...)` when they are limited by segment or language, `PerRow` when
+        the rows of a batch have interventions of their own.
         """
         with as_interventions(interventions).attach(self):
             yield self
