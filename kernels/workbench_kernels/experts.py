@@ -57,9 +57,7 @@ class Groups:
         return cls._filled(sorted_ids, order, n_experts, as_transformers, rows_per_expert)
 
     @classmethod
-    def _filled(
-        cls, sorted_ids: Tensor, order: Tensor, n_experts: int, as_transformers: bool, n_rows: int
-    ) -> Groups:
+    def _filled(cls, sorted_ids: Tensor, order: Tensor, n_experts: int, as_transformers: bool, n_rows: int) -> Groups:
         """Each expert that was hit gets a multiple of `n_rows`; copies of the first slot's row fill the places left."""
         counts = torch.bincount(sorted_ids, minlength=n_experts)
         room = (counts + n_rows - 1) // n_rows * n_rows  # [E]

@@ -77,7 +77,9 @@ def check_block(model: Llama, n_rows: int, seed: int = 0) -> None:
     alone = decode_block(model, [5], [filled(mine)], n_rows)[0]
     for place in range(n_rows):
         caches = [filled(mine if row == place else prompt()) for row in range(n_rows)]
-        ids = [5 if row == place else int(torch.randint(0, model.cfg.d_vocab, (), generator=draw)) for row in range(n_rows)]
+        ids = [
+            5 if row == place else int(torch.randint(0, model.cfg.d_vocab, (), generator=draw)) for row in range(n_rows)
+        ]
         if not torch.equal(decode_block(model, ids, caches, n_rows)[place], alone):
             raise ConfigError(
                 f"rows: expected a block of {n_rows} in which a sequence decodes to the same bits anywhere, got others "

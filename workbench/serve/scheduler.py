@@ -60,6 +60,10 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def is_stopping(self) -> bool:
+        return self._stopping
+
+    @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
@@ -73,7 +77,9 @@ class Scheduler:
                 raise Stopping("server: expected to run, got a stop. Ask another one.")
             limit = self.engine.limits.queue
             if len(self._waiting) + len(choices) > limit:
-                raise QueueFull(f"queue: expected at most {limit} waiting, got {len(self._waiting)} already. Try later.")
+                raise QueueFull(
+                    f"queue: expected at most {limit} waiting, got {len(self._waiting)} already. Try later."
+                )
             self._waiting.extend(choices)
             self._tell()
 

@@ -19,8 +19,8 @@ from workbench.serve.limits import Limits
 from workbench.serve.mailbox import Mailbox
 from workbench.serve.metrics import Metrics
 from workbench.serve.routing import routing_record
-from workbench.serve.schema import Common
 from workbench.serve.scheduler import QueueFull, Scheduler, Stopping
+from workbench.serve.schema import Common
 
 RETRY_AFTER = 1  # seconds, told to whom the queue has no room for
 
@@ -76,9 +76,7 @@ class Service:
         if max(ids) >= d_vocab:
             raise invalid(param, f"{param}: expected token ids from 0 to {d_vocab - 1}, got {max(ids)}.")
 
-    def choices(
-        self, asks: Sequence[Ask], n: int, writer: Callable[[Ask], Writer], mailbox: Mailbox
-    ) -> list[Choice]:
+    def choices(self, asks: Sequence[Ask], n: int, writer: Callable[[Ask], Writer], mailbox: Mailbox) -> list[Choice]:
         """`n` choices of each ask, each with a seed of its own, as `model.generate` would seed its rows."""
         if len(asks) * n > self.limits.choices:
             raise invalid("n", f"n: expected at most {self.limits.choices} choices in all, got {len(asks) * n}.")
@@ -158,7 +156,9 @@ class Service:
 
 def _raise_failure(event: Ended) -> None:
     if event.reason == "timeout":
-        raise ApiError(408, "time: expected an answer within the server's limit, got none. Ask for less.", code="timeout")
+        raise ApiError(
+            408, "time: expected an answer within the server's limit, got none. Ask for less.", code="timeout"
+        )
     if event.reason == "cancelled":
         raise ApiError(503, "server: stopped before the answer was finished.", code="stopping")
     if isinstance(event.error, WorkbenchError):
