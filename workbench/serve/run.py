@@ -39,10 +39,15 @@ def _is_loopback(host: str) -> bool:
     return bool(found) and all(ipaddress.ip_address(str(one).partition("%")[0]).is_loopback for one in found)
 
 
+def say(text: str) -> None:
+    """Seen at once by whoever reads through a pipe."""
+    print(text, flush=True)
+
+
 class Server(uvicorn.Server):
     """On SIGTERM or SIGINT: new work is refused at once, what runs is finished, for `drain_seconds` at most."""
 
-    def __init__(self, service: Service, host: str, port: int, on_start: Callable[[str], object] = print) -> None:
+    def __init__(self, service: Service, host: str, port: int, on_start: Callable[[str], object] = say) -> None:
         self.service, self._on_start = service, on_start
         super().__init__(
             uvicorn.Config(
@@ -57,8 +62,9 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        """A first signal stops gracefully, with exit code 0; a second one ends at once."""
         self.service.scheduler.refuse()
-        super().handle_exit(sig, frame)
+        self.should_exit, self.force_exit = True, self.should_exit
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

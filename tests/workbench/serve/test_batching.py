@@ -74,6 +74,7 @@ def test_a_block_agrees_with_the_plain_forward_pass(served: Llama) -> None:
         torch.testing.assert_close(found[row], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
+@torch.inference_mode()
 def test_a_failed_pass_leaves_its_caches_as_they_were(tiny_moe: Llama) -> None:
     cache = tiny_moe.new_cache(1, 8)
     tiny_moe(torch.tensor([[20, 21, 22]]), cache=cache, stop_at_layer=tiny_moe.cfg.n_layers)
@@ -82,7 +83,6 @@ def test_a_failed_pass_leaves_its_caches_as_they_were(tiny_moe: Llama) -> None:
         raise RuntimeError("broken")
 
     with (
-        torch.inference_mode(),
         tiny_moe.hooks([("ln_final.hook_normalized", fails)]),
         pytest.raises(RuntimeError, match="broken"),
     ):
