@@ -115,6 +115,8 @@ class Batch:
         self.copies = positions.shape[0] // len(self.told) if self.told else 1
         if self.row is not None and self.row[1] * self.copies != positions.shape[0]:
             raise InterventionError(f"PerRow: expected {self.row[1]} rows in the batch, got {positions.shape[0]}.")
+        if self.row is not None and cache is not None:
+            cache = cache.of_row(self.row[0])  # sequences that come and go have caches of their own
         tokens = None if tokens is None else self.own(tokens)
         self.positions = self.own(positions)  # [batch pos]
         self.valid = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else self.own(valid)

@@ -137,7 +137,7 @@ def generate(
             stack.enter_context(recorder.listening())
         room = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens, growing=cache == "growing")
         passes = _Passes(model, room, recorder)
-        sampler.see(tokens.cpu(), mask.bool().cpu(), model.cfg.d_vocab)
+        sampler.see(tokens.cpu(), mask.bool().cpu(), model.cfg.d_vocab, written=False)
         resid = passes.prefill(tokens, attention_mask, prefill_chunk or tokens.shape[1])
         for step in range(max_new_tokens):
             chosen = rows.take(sampler.choose(passes.logits(resid)))  # [batch]

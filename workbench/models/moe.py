@@ -41,6 +41,7 @@ class Moe(nn.Module):
     def __init__(self, cfg: Qwen3MoeConfig, moe_impl: str, router_dtype: str) -> None:
         super().__init__()
         self.cfg, self.moe_impl, self.router_dtype = cfg, moe_impl, router_dtype
+        self.rows_per_expert: int | None = None  # see workbench.models.blocks
         self.router = Router(cfg)
         # gate rows first; both give way to a QuantizedWeight in a model with int8 or int4 experts
         self.gate_up: Tensor | QuantizedWeight = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
@@ -73,6 +74,7 @@ class Moe(nn.Module):
             expert_weight(self.gate_up), expert_weight(self.down),
             impl=self.moe_impl, taps=self._taps(x.shape[:2], ids.flatten(0, 1), change),
             numerics="trained" if self.router_dtype == "float32" else "hf",
+            rows_per_expert=self.rows_per_expert,
         )  # fmt: skip
         return out.view_as(x)
 
