@@ -106,15 +106,21 @@ def typed_numbers(text: str) -> list[str]:
 
 
 def _sentences(source: str) -> Iterator[str]:
-    """The text typed into `Markdown(...)` calls; what is computed in f-strings is left out."""
+    """The text typed into `Markdown(...)` and into every f-string beside it; what is computed is left out."""
     try:
         tree = ast.parse(source)
     except SyntaxError:  # a magic; it holds no Markdown(...)
         return
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Markdown":
-            for part in call.args:
-                yield "".join(_typed(part))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _name(node.func) == "Markdown"]
+    inside = {id(node) for call in calls for node in ast.walk(call)}
+    beside = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) and id(node) not in inside]
+    formats = {id(node.format_spec) for node in ast.walk(tree) if isinstance(node, ast.FormattedValue)}
+    for node in [*calls, *(node for node in beside if calls and id(node) not in formats)]:
+        yield "".join(_typed(node))
+
+
+def _name(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _typed(node: ast.AST) -> Iterator[str]:

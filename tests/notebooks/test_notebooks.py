@@ -135,6 +135,7 @@ WHERE = {"output_type": "stream", "name": "stdout", "text": "/" + "home/someone/
         (prose("It takes 17 experts."), "a typed number in prose: '17'"),
         (prose("A load of 0.25 is even."), "a typed number in prose: '0.25'"),
         (code("display(Markdown(f'All {n} of 12 layers'))"), "a typed number in prose: '12'"),
+        (code("line = f'{n:.3f} of 12 layers'\ndisplay(Markdown(line))"), "a typed number in prose: '12'"),
     ],
 )
 def test_each_fault_is_found(cell: nbformat.NotebookNode, problem: str, tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_names_code_lists_and_addresses_are_no_typed_numbers(text: str, tmp_path
 
 
 def test_computed_numbers_are_none(tmp_path: Path) -> None:
-    fine = "display(Markdown(f'{len(x):,} of {total + 1} experts, {a[0]:.2f} nats' + f'and {b}'))\ny = 17"
+    fine = "display(Markdown(f'{len(x):,} of {total + 1} experts, {a[0]:.2f} nats' + f'and {b}'))\nlabel = f'layer {n}'"
     assert found(notebook(code(fine)), tmp_path) == ""
 
 
