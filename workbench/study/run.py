@@ -27,13 +27,19 @@ from workbench.study.progress import Stopwatch, show_progress
 Ran = dict[str, list[dict[str, object]]]  # by part of a batch: how each intervention ran, as in `intervention_table`
 
 
-def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings: Settings | None = None) -> Run:
+def run_study(
+    model: Llama,
+    prompts: Sequence[Prompt],
+    out: str | Path,
+    settings: Settings | None = None,
+    progress: bool = True,
+) -> Run:
     """Answer every prompt at every effort, capture the routing of each whole conversation, write a run directory.
 
     A directory that holds a part of the same study is continued, a finished one is opened as it is; the result is the
     same as that of one uninterrupted run. Raises RunError naming the first setting that differs from the run that is
     there, ConfigError for a model without experts, InterventionError for interventions that do not fit the model,
-    ShapeError for a prompt that does not fit the context.
+    ShapeError for a prompt that does not fit the context. progress: say on stderr how far it is.
     """
     settings = settings or Settings()
     routed_layers(model)
@@ -51,7 +57,7 @@ def run_study(model: Llama, prompts: Sequence[Prompt], out: str | Path, settings
     }
     watch, ran = Stopwatch(), Ran()
     with suitable_threads(model), RunWriter.open(out, identity, describe_sitting(model), len(batches)) as writer:
-        for part in show_progress(writer.missing(), len(batches)):
+        for part in show_progress(writer.missing(), len(batches), progress):
             writer.write(part, *measure(model, tokenizer, batches[part], settings, watch, ran))
         return writer.finish({**watch.report(), **({"interventions": ran} if ran else {})})
 
