@@ -60,7 +60,7 @@ def test_expert_estimate_is_exact_where_nothing_follows_but_the_unembedding(moe,
             moe, Pairs(tokens, tokens.flip(0)), logit_difference(7, 9), kinds=[kind], exact_sample=0
         )
         assert set(result.frame["layer"]) >= {0, last}
-        pair = _both_runs(moe, (tokens, tokens.flip(0), None), logit_difference(7, 9), [kind])
+        pair = _both_runs(moe, aligned(Pairs(tokens, tokens.flip(0))), logit_difference(7, 9), [kind])
         for row in mean_effects(result).filter(pl.col("layer") == last).gather_every(11).rows(named=True):
             value = row.pop("value")
             exact = (patched_metric(moe, pair, Site(**row)) - pair.value).mean()

@@ -248,7 +248,7 @@ def test_modes_of_an_expert_patch_add_up_under_what_tells_tokens_apart(moe: Qwen
 def test_experts_whose_sum_is_changed_afterwards_are_refused(moe: Qwen3Moe, tokens: Tensor) -> None:
     for point in ("mlp_out", "resid_post"):
         with (
-            moe.intervene(ScaleActivation(factor=0.0, point=point, where=Where(layers=(2,)))),
+            moe.intervene(ScaleActivation(factor=0.5, point=point, where=Where(layers=(2,)))),
             pytest.raises(
                 InterventionError, match=f"to reach the stream, got a scale_activation at blocks.2.hook_{point}"
             ),

@@ -227,8 +227,8 @@ def test_swapped_and_frozen_routing_is_the_other_rows(moe: Qwen3Moe, tokens: Ten
     names = ("expert_ids", "routing_weights")
     own = [cached(moe, tokens, f"mlp.hook_{name}") for name in names]
     swapped = [cached(moe, tokens, f"mlp.hook_{name}", SwapRouting(rows=(1, 0))) for name in names]
-    frozen = [cached(moe, tokens, f"mlp.hook_{name}", frozen(moe, other)) for name in names]
-    for before, swap, freeze in zip(own, swapped, frozen, strict=True):
+    replayed = [cached(moe, tokens, f"mlp.hook_{name}", frozen(moe, other)) for name in names]
+    for before, swap, freeze in zip(own, swapped, replayed, strict=True):
         assert torch.equal(swap, before.flip(0))
         assert torch.equal(freeze, before.flip(0))
     ids_only = frozen(moe, other, weights=False)

@@ -157,7 +157,8 @@ def test_values_stay_what_they_were() -> None:
 def test_adding_zeros_keeps_the_sign_of_zero(moe: Qwen3Moe, tokens: Tensor, item: Intervention, leaf: str) -> None:
     point = moe.hook_dict[f"blocks.0.{leaf}"]
     seen: list[Tensor] = []
-    items = Interventions([SetActivation(value=-0.0, point=point.name), item])
+    everywhere = Where(positions=tuple(range(7)))  # as a hook: a kernel's scale of 0 leaves +0.0
+    items = Interventions([SetActivation(value=-0.0, point=point.name, where=everywhere), item])
     with torch.no_grad(), moe.intervene(items), moe.hooks([(point.name, lambda x, hook: seen.append(x))]):
         moe(tokens)
     assert torch.signbit(seen[0]).all()
