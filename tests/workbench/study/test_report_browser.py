@@ -158,7 +158,7 @@ def test_without_scripts_the_conversations_stay_readable(browser, finished_run: 
     page = browser.new_context(java_script_enabled=False).new_page()
     page.set_default_timeout(120_000)
     page.goto(path.as_uri())
-    assert page.get_by_text("drawn by scripts inside it").is_visible()
+    assert page.get_by_text("This view needs scripts").is_visible()
     token = page.locator(".wbx-plain span[title]").first
     assert token.is_visible()
     assert "layers 0 to 1" in token.get_attribute("title")
