@@ -8,7 +8,7 @@ SOURCES := workbench kernels tests data notebooks
 TRITONS := $(VENV)/tritons
 OLD_TRITON := 3.6.0
 
-.PHONY: help demo test slow browser lab check kernels kernels-aot format clean
+.PHONY: help demo test slow browser lab notebooks docs check kernels kernels-aot format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,8 @@ help:
 	@echo "make slow     the slow tests (full-width parity, memory, notebooks, ...)"
 	@echo "make browser  the tests that open the report in headless chromium"
 	@echo "make lab      JupyterLab on notebooks/"
+	@echo "make notebooks  run every notebook and write its outputs back"
+	@echo "make docs     the documentation as a site that opens offline: build/site/index.html"
 	@echo "make check    ruff, format, import rules, types"
 	@echo "make kernels  the Triton kernels with the oldest triton that is supported: interpreted, then compiled"
 	@echo "make kernels-aot  compile every shipped configuration for every architecture (long)"
@@ -42,6 +44,10 @@ $(VENV)/notebooks: $(VENV)/base
 	$(PIP) install -c constraints.txt -e '.[notebooks]'
 	@touch $@
 
+$(VENV)/docs: $(VENV)/base
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
 demo: $(VENV)/base
 	$(BIN)/workbench study --out runs/demo
 
@@ -57,6 +63,14 @@ browser: $(VENV)/dev
 
 lab: $(VENV)/notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+# Two at a time; each in a temporary folder. tests/notebooks/ says what a committed notebook must be.
+notebooks: $(VENV)/dev
+	$(BIN)/python notebooks/execute.py
+
+docs: $(VENV)/docs
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+	@echo build/site/index.html
 
 check: $(VENV)/dev
 	$(BIN)/ruff check $(SOURCES)

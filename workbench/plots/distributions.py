@@ -8,17 +8,17 @@ import plotly.graph_objects as go
 import polars as pl
 
 from workbench.axes import EFFORTS
-from workbench.plots.theme import DASHES, GREY, GRID, NAMES, colour, faded, figure, layer_step, ordered
+from workbench.plots.theme import GREY, GRID, NAMES, colour, faded, figure, layer_step, looks, ordered
 
 
 def layer_curves(means: pl.DataFrame, by: str, y_title: str, value: str = "mean") -> go.Figure:
     """One curve over layers per value of the column `by`, with its interval as a band where low and high exist."""
     fig = figure()
-    for name in ordered(means[by]):
+    for name, look in looks(ordered(means[by])).items():
         part = means.filter(pl.col(by) == name).sort("layer")
         if {"low", "high"} <= set(part.columns):
-            fig.add_trace(_band(part, "low", "high", colour(name)))
-        fig.add_trace(_curve(part, value, NAMES.get(name, str(name)), colour(name), DASHES.get(name, "solid")))
+            fig.add_trace(_band(part, "low", "high", look.colour))
+        fig.add_trace(_curve(part, value, NAMES.get(name, str(name)), look.colour, look.dash))
     return _layer_axes(fig, y_title)
 
 

@@ -6,8 +6,8 @@ lightness, and lines differ in dash.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -68,6 +68,32 @@ def ordered(names: Iterable[Any]) -> list[Any]:
 def colour(name: str | None) -> str:
     """The colour of a language, channel or effort; grey for anything else."""
     return COLOURS.get(name or "", GREY)
+
+
+class Look(NamedTuple):
+    """How a series is told from the others: by colour, dash and symbol at once."""
+
+    colour: str
+    dash: str
+    symbol: str
+
+
+_OTHERS = ("#2b86c5", "#d55e00", "#009e73", "#c65b9b", "#b8860b", "#9a7bc8")
+_DASHES = ("solid", "dot", "dash", "dashdot")
+_SYMBOLS = ("circle", "diamond", "square", "x", "triangle-up", "cross")
+
+
+def looks(names: Sequence[Any]) -> dict[Any, Look]:
+    """A look for each name: languages, channels and efforts have their own colour, others take turns."""
+    places = range(len(names))
+    return {
+        name: Look(
+            COLOURS.get(name, _OTHERS[place % len(_OTHERS)]),
+            DASHES.get(name, _DASHES[place % len(_DASHES)]),
+            _SYMBOLS[place % len(_SYMBOLS)],
+        )
+        for place, name in zip(places, names, strict=True)
+    }
 
 
 def faded(hex_colour: str, opacity: float) -> str:

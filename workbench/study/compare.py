@@ -28,7 +28,7 @@ def compare_models(model: Llama, other: Llama, run: Run, batch_size: int = 16) -
             "Compare checkpoints of one lineage."
         )
     tokens = sample_documents(run, N_GROUPS)
-    first, second = (_routing(each, tokens, batch_size) for each in (model, other))
+    first, second = (read_routing(each, tokens, batch_size) for each in (model, other))
     matches = match_experts(_router_rows(model), _router_rows(other))
     tables = {
         "drift": routing_drift(tokens, first, second, matches),
@@ -71,7 +71,8 @@ def comparison_facts(frames: dict[str, pl.DataFrame]) -> dict[str, str]:
     }
 
 
-def _routing(model: Llama, tokens: pl.DataFrame, batch_size: int) -> pl.DataFrame:
+def read_routing(model: Llama, tokens: pl.DataFrame, batch_size: int = 16) -> pl.DataFrame:
+    """The routing frame of one pass over the documents of a tokens frame (rows of a document together, by pos)."""
     documents = tokens.group_by("doc_id", maintain_order=True).agg("token_id", "pos")
     frames = []
     with suitable_threads(model):

@@ -13,8 +13,11 @@ from tqdm import tqdm
 LOG_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
 
 
-def show_progress(missing: Sequence[int], n_parts: int) -> Iterator[int]:
-    """Go through the missing batches: a bar on a terminal, else a line every ten seconds, both on stderr."""
+def show_progress(missing: Sequence[int], n_parts: int, shown: bool = True) -> Iterator[int]:
+    """Go through the missing batches; if `shown`, with a bar on a terminal, else a line every ten seconds (stderr)."""
+    if not shown:
+        yield from missing
+        return
     done = n_parts - len(missing)
     if done and missing:
         print(f"study: continuing, {done} of {n_parts} batches are done", file=sys.stderr)

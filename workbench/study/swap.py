@@ -43,7 +43,7 @@ class SwapPlan:
             raise RunError(f"header swap: expected effort or channel, got {self.header!r}. Pass one of them.")
 
 
-def run_swap(model: Llama, run: Run, plan: SwapPlan | None = None) -> Run:
+def run_swap(model: Llama, run: Run, plan: SwapPlan | None = None, progress: bool = True) -> Run:
     """Read the conversations of a run again under every header; a run in run.path/swap-HEADER, resumable.
 
     Its tokens have the new header in the column `effort`, or for channels in `segment`. Raises RunError when the run
@@ -63,7 +63,7 @@ def run_swap(model: Llama, run: Run, plan: SwapPlan | None = None) -> Run:
     watch = Stopwatch()
     out = run.path / f"swap-{plan.header}"
     with suitable_threads(model), RunWriter.open(out, identity, describe_sitting(model), len(batches)) as writer:
-        for part in show_progress(writer.missing(), len(batches)):
+        for part in show_progress(writer.missing(), len(batches), progress):
             writer.write(part, *_measure(model, batches[part], watch))
         return writer.finish(watch.report())
 

@@ -18,6 +18,11 @@ def test_a_finished_run_says_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err == ""
 
 
+def test_it_can_be_kept_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(show_progress([2, 3, 4], n_parts=5, shown=False)) == [2, 3, 4]
+    assert capsys.readouterr().err == ""
+
+
 def test_on_a_terminal_there_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert list(show_progress([0, 1], n_parts=2)) == [0, 1]
