@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,15 @@ def ablate_by_scan(
 def _judged_conditions(ablator: Ablator, targets: Sequence[Target], progress: bool) -> pl.DataFrame:
     """Items of the baseline, the targets and their controls."""
     plan, every = ablator.plan, {place for target in targets for place in target.places}
-    todo: list[Callable[[], pl.DataFrame]] = [lambda: ablator.run(BASELINE, "baseline", ())]
+    todo = [partial(ablator.run, BASELINE, "baseline", ())]
     for target in targets:
         load = ablator.load() if target.places else None
         # sets are not compared with experts that another set was chosen for; a lone expert is, with any of its layer
         banned = every if len(target.places) > 1 else ()
         controls = matched_controls(target, load, plan.n_controls, plan.seed, banned) if plan.n_controls else []
         about = {"target": target.name, "experts": describe_places(target.places)}
-        todo.append(lambda t=target, a=about: ablator.run(t.name, "target", t.items, **a))  # type: ignore[misc]
-        for draw, control in enumerate(controls):
-            todo.append(lambda t=target, d=draw, c=control: _run_control(ablator, t, d, c))  # type: ignore[misc]
+        todo.append(partial(ablator.run, target.name, "target", target.items, **about))
+        todo += [partial(_run_control, ablator, target, draw, control) for draw, control in enumerate(controls)]
     return pl.concat([job() for job in _bar(todo, "conditions", progress)])
 
 

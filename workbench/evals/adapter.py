@@ -32,7 +32,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 @register_model("workbench")
-class WorkbenchLM(TemplateLM):  # type: ignore[misc]
+class WorkbenchLM(TemplateLM):
     """A workbench model that answers the harness's requests, under interventions if any are given.
 
     pretrained: a loaded model, or what `load_model` takes. interventions: values, or a file of them. effort: of

@@ -80,7 +80,8 @@ def _question_items(path: Path) -> list[Row]:
 
 def _csv_items(path: Path) -> list[Row]:
     """Items of CSV with input, type, safety, eval_aspect and ng_aspect."""
-    rows, names = [], ("type", "safety", "eval_aspect", "ng_aspect")
+    rows: list[Row] = []
+    names = ("type", "safety", "eval_aspect", "ng_aspect")
     for number, entry in enumerate(csv.DictReader(_text(path).splitlines())):
         _need(path, entry, ("input", *names))
         text = [entry["input"]]

@@ -98,7 +98,12 @@ def findings(found: Ablation) -> list[str]:
             "random experts of the same layers and load do."
         )
     lines += _unmatched(found)
-    least = found.judged.select(pl.col("n_tests") / (1 + pl.col("n_controls"))).to_series().drop_nulls()
+    least = (
+        found.judged.filter(pl.col("n_controls") > 0)
+        .select(pl.col("n_tests") / (1 + pl.col("n_controls")))
+        .to_series()
+        .drop_nulls()
+    )
     if len(least) and float(least.min()) > ALPHA:  # type: ignore[arg-type]
         lines.append(
             f"With so few controls for so many targets no corrected p can be below {float(least.min()):.2f}: "  # type: ignore[arg-type]

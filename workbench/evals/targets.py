@@ -180,7 +180,8 @@ def _alike(
 
 
 def _random_direction(item: Intervention, rng: np.random.Generator) -> Intervention:
-    name = {AddVector: "vector", ProjectOut: "direction"}.get(type(item))  # type: ignore[call-overload]
+    names: dict[type[Intervention], str] = {AddVector: "vector", ProjectOut: "direction"}
+    name = names.get(type(item))
     if name is None:
         raise RunError(
             f"controls: expected interventions on experts, add_vector or project_out, got {item.kind}, which no random "
@@ -188,7 +189,8 @@ def _random_direction(item: Intervention, rng: np.random.Generator) -> Intervent
         )
     vector = getattr(item, name)
     drawn = torch.tensor(rng.standard_normal(tuple(vector.shape)), dtype=vector.dtype)
-    return dataclasses.replace(item, **{name: drawn * (vector.norm() / drawn.norm())})
+    changed: dict[str, Any] = {name: drawn * (vector.norm() / drawn.norm())}
+    return dataclasses.replace(item, **changed)
 
 
 def _key(item: Intervention) -> str:

@@ -142,7 +142,8 @@ def holm(p_values: Floats) -> Floats:
 def _against(own: float | None, controls: Sequence[float | None]) -> dict[str, object]:
     others = np.array([value for value in controls if value is not None], dtype=np.float64)
     if own is None or not len(others):
-        return dict.fromkeys(("control_selectivity", "control_low", "control_high", "p_controls")) | {"n_controls": 0}
+        unknown = ("control_selectivity", "control_low", "control_high", "p_controls")
+        return {**{name: None for name in unknown}, "n_controls": 0}
     centre = np.append(others, own).mean()
     reached = np.abs(others - centre) >= abs(own - centre) * (1 - 1e-9)
     return {

@@ -28,7 +28,7 @@ def lm_of(model: Llama) -> WorkbenchLM:
 
 
 def test_a_change_of_japanese_alone_costs_english_nothing(base: Llama, tmp_path: Path) -> None:
-    quiet = Target("quiet", (SetActivation(value=0.0, point="mlp_out", where=Where(layers=(2, 3), langs=("ja",))),))
+    quiet = Target("quiet", (SetActivation(value=0.0, point="mlp_out", where=Where(langs=("ja",))),))
     plan = AblatePlan(PLAN.tasks, n_controls=0, limit=8, n_resamples=200)
     found = ablate(lm_of(base), [quiet], plan, tmp_path, progress=False)
     (row,) = found.losses.iter_rows(named=True)

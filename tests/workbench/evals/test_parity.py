@@ -87,4 +87,6 @@ def test_equal_to_the_transformers_backend(name: str) -> None:
             assert_same(flat[0], flat[1], f"{name} {task}")
         for metric, value in results[1]["results"][task].items():
             if isinstance(value, float):
-                assert results[0]["results"][task][metric] == pytest.approx(value, rel=1e-5), (name, task, metric)
+                # of means that may be near zero; the numbers that they are made of were compared above
+                mine = results[0]["results"][task][metric]
+                assert mine == pytest.approx(value, rel=1e-5, abs=1e-4), (name, task, metric)
