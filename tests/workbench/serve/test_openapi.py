@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serve_running import Running, running
 
@@ -26,9 +27,6 @@ def server(tiny_moe: Llama) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def api(server: Running) -> Any:
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-
-
-document = schemathesis.pytest.from_fixture("api")
 
 
 def test_every_endpoint_is_documented_with_its_errors(server: Running) -> None:
@@ -55,12 +53,24 @@ def short(body: Any) -> None:
 
 
 @pytest.mark.slow
-@document.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-def test_answers_conform_to_the_document(case: Any) -> None:
-    short(case.body)
-    # a valid request may still be refused: a longer context than there is, an expert that does not exist
-    case.call_and_validate(excluded_checks=[positive_data_acceptance], timeout=120)
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_drawn_requests_are_answered_or_refused_as_documented(api: Any, path: str, mode: GenerationMode) -> None:
+    """Valid ones, and ones that are wrong somewhere: none is a 5xx, every wrong one is refused."""
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @given(case=api[path]["POST"].as_strategy(generation_mode=mode))
+    def check(case: Any) -> None:
+        short(case.body)
+        # a valid request may still be refused: a longer context than there is, an expert that does not exist
+        case.call_and_validate(excluded_checks=[positive_data_acceptance], timeout=120)
+
+    check()
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/ready", "/metrics"])
+def test_plain_endpoints_conform_to_the_document(api: Any, path: str) -> None:
+    api[path]["GET"].Case().call_and_validate(timeout=120)
 
 
 @pytest.mark.slow
