@@ -51,7 +51,7 @@ def fallback_moe(
 
     found: dict[str, Tensor] = {}
     taps = {name: _Take(name, found, ids, need, router_weight.shape[0]) for name in ROUTED if name in need.names}
-    outputs = _output_tap(ids, change, taps.pop("expert_out", None))
+    outputs = output_tap(ids, change, taps.pop("expert_out", None))
     y = routed_experts(x, ids, weights, gate_up, down, impl=impl, taps={**taps, **outputs}, numerics=numerics)
     return y, Routing(
         logits, ids, weights.to(wide), expert_load(ids, router_weight.shape[0]), impl=impl, path=None,
@@ -140,7 +140,7 @@ class _Take:
         return slots
 
 
-def _output_tap(ids: Tensor, change: Intervene, take: Tap | None) -> dict[str, Tap]:
+def output_tap(ids: Tensor, change: Intervene, take: Tap | None) -> dict[str, Tap]:
     """The tap at expert_out: interventions first, in float32 at least, then what is asked for. Absent if idle."""
     fields = ("expert_scale", "expert_add", "replace_experts")
     if take is None and not any(getattr(change, field) is not None for field in fields):

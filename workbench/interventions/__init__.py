@@ -1,6 +1,7 @@
 """Interventions as values: what to change in a running model, where, and in which order; in JSON too.
 
-Every kind becomes edits of hook points (`Intervention.edits`), so what runs is the model's own computation.
+Every kind is edits of hook points (`Intervention.edits`), so that what runs is the model's own computation; what the
+experts' kernels have an argument for they do themselves (`kernel_plan`).
 """
 
 from __future__ import annotations

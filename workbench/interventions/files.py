@@ -34,7 +34,7 @@ def from_json(value: Any, tensors: Mapping[str, Tensor] | None = None) -> tuple[
     if isinstance(value, str | bytes):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested deeper than Python reads
             raise InterventionError(f"interventions: expected JSON, got {error}. Check the text.") from None
     exact = isinstance(value, Mapping) and value.keys() == {"format", "interventions"}
     known = exact and type(value["format"]) is int and value["format"] == FORMAT  # true equals 1, and is no format

@@ -1,96 +1,97 @@
-"""How interventions come to act: as edits of hook points, each kept to the tokens and the row where it applies."""
+"""How interventions come to act: as arguments of a layer's kernels where those have one, else as edits of hook points.
+
+Which of the two is settled by each layer in every pass (see `kernel_plan`) and said by `intervention_table`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from workbench.hooks import HookPoint
-from workbench.interventions.base import Edit, Site
+from workbench.interventions.base import Intervention
+from workbench.interventions.kernel_plan import LayerPlan
+from workbench.interventions.lowered import Lowered
 from workbench.interventions.order import check_order
-from workbench.interventions.where import Batch, Where
+from workbench.interventions.where import Batch
+
+
+class InterventionRow(NamedTuple):
+    """One intervention that is attached, with the leaves and layers it edits.
+
+    row: of the batch, under PerRow. ran: "kernel" or "hook", both where passes or layers differed, "" before any pass.
+    why: what made it a hook the last time.
+    """
+
+    kind: str
+    row: int | None
+    points: tuple[str, ...]
+    layers: tuple[int, ...]
+    ran: str
+    why: str
 
 
 @contextmanager
 def attached(model: Any, batches: Sequence[Batch]) -> Iterator[None]:
     """The items of these batches act inside the block, after those of an outer one and before any hook looks."""
-    lowered = [pair for batch in batches for pair in _lower(batch, model)]
-    recorders = [_Recorder(point, fns) for point, fns in _needs_ids(lowered, model)]
-    model.batches.extend(batches)
+    for batch in batches:
+        batch.edits = [
+            Lowered(item, edit, model.hook_dict[name], batch, model)
+            for item in batch.items
+            for name, edit in item.edits(model)
+        ]
     try:
-        for point, fn in lowered:
-            n_before = sum(isinstance(other, _Lowered) for other in point.fwd_hooks)
-            point.fwd_hooks.insert(n_before, fn)
-        for recorder in recorders:
-            recorder.point.fwd_hooks.append(recorder)
+        _place(model, [*model.batches, *batches])
         yield
     finally:
-        for batch in batches:
-            model.batches.remove(batch)
-        ours = {id(fn) for fn in (*(fn for _, fn in lowered), *recorders)}
-        for point in (*(point for point, _ in lowered), *(recorder.point for recorder in recorders)):
-            point.fwd_hooks[:] = [other for other in point.fwd_hooks if id(other) not in ours]
+        _place(model, [batch for batch in model.batches if batch not in batches])
 
 
 def check_together(batches: Sequence[Batch], model: Any) -> None:
     """Raises InterventionError unless every item fits the model and can act beside those that meet the same row."""
     together = [*model.batches, *batches]
-    rows = dict.fromkeys(None if batch.row is None else batch.row[0] for batch in together)
-    for row in rows:
+    for row in dict.fromkeys(None if batch.row is None else batch.row[0] for batch in together):
         met = [batch.items for batch in together if batch.row is None or batch.row[0] == row]
         check_order([item for items in met for item in items], model)
 
 
-class _Lowered:
-    """One edit of one hook point, kept to where it applies."""
-
-    def __init__(self, edit: Edit, where: Where, batch: Batch) -> None:
-        self.edit, self.where, self.batch = edit, where, batch
-        self.ids: Tensor | None = None  # [batch pos k] of this layer and pass
-
-    def __call__(self, x: Tensor, hook: HookPoint) -> Tensor | None:
-        if self.batch.row is None:
-            return self._changed(x)
-        number = self.batch.row[0]
-        return torch.cat((x[:number], self._changed(self.batch.own(x)), x[number + 1 :]))
-
-    def _changed(self, x: Tensor) -> Tensor:
-        mask = self.batch.mask(self.where)
-        ids = None if self.ids is None else self.batch.own(self.ids)
-        new = self.edit(x, Site(self.batch, ids))
-        if mask is None:
-            return new.to(x.dtype)
-        return torch.where(mask.view(*mask.shape, *[1] * (x.ndim - 2)), new.to(x.dtype), x)
+def intervention_table(model: Any) -> list[InterventionRow]:
+    """One row for each intervention that is attached, in the order in which they act."""
+    return [_row(batch, item) for batch in model.batches for item in batch.items]
 
 
-class _Recorder:
-    """Listens last at a layer's expert ids and hands them to the edits that ask which slot holds which expert."""
+def _place(model: Any, batches: Sequence[Batch]) -> None:
+    """Make `batches` the ones that are attached: what layers plan goes to them, the rest to its hook points."""
+    for edit in _edits([*model.batches, *batches]):
+        if edit.planned:
+            LayerPlan.clear(_mlp(model, edit))
+        else:
+            edit.point.fwd_hooks[:] = [fn for fn in edit.point.fwd_hooks if not isinstance(fn, Lowered)]
+    model.batches[:] = batches
+    by_layer: dict[Any, list[Lowered]] = {}
+    for edit in reversed(list(_edits(batches))):
+        if edit.planned:
+            by_layer.setdefault(_mlp(model, edit), []).insert(0, edit)
+        else:
+            edit.point.fwd_hooks.insert(0, edit)
+    for mlp, edits in by_layer.items():
+        mlp.plan = LayerPlan(mlp, edits)
 
-    def __init__(self, point: HookPoint, readers: Sequence[_Lowered]) -> None:
-        self.point, self.readers = point, readers
 
-    def __call__(self, ids: Tensor, hook: HookPoint) -> None:
-        for reader in self.readers:
-            reader.ids = ids
+def _edits(batches: Sequence[Batch]) -> Iterator[Lowered]:
+    for batch in batches:
+        yield from batch.edits
 
 
-def _lower(batch: Batch, model: Any) -> list[tuple[HookPoint, _Lowered]]:
-    return [
-        (model.hook_dict[name], _Lowered(edit, item.where, batch))
-        for item in batch.items
-        for name, edit in item.edits(model)
-    ]
+def _mlp(model: Any, edit: Lowered) -> Any:
+    return model.blocks[edit.layer].mlp
 
 
-def _needs_ids(lowered: Sequence[tuple[HookPoint, _Lowered]], model: Any) -> Iterator[tuple[HookPoint, list[_Lowered]]]:
-    """The id points of the layers whose weights or outputs are edited."""
-    readers: dict[HookPoint, list[_Lowered]] = {}
-    for point, fn in lowered:
-        prefix, _, leaf = point.name.rpartition(".hook_")
-        if leaf in ("routing_weights", "expert_out"):
-            readers.setdefault(model.hook_dict[f"{prefix}.hook_expert_ids"], []).append(fn)
-    yield from readers.items()
+def _row(batch: Batch, item: Intervention) -> InterventionRow:
+    edits = [edit for edit in batch.edits if edit.item is item]
+    ran = sorted({way for edit in edits for way in edit.ran}, reverse=True)
+    layers = dict.fromkeys(edit.layer for edit in edits if edit.layer is not None)
+    whys = dict.fromkeys(edit.why for edit in edits if edit.why and "hook" in edit.ran)
+    points = dict.fromkeys(edit.leaf for edit in edits)
+    row = None if batch.row is None else batch.row[0]
+    return InterventionRow(item.kind, row, tuple(points), tuple(layers), ", ".join(ran), "; ".join(whys))

@@ -13,6 +13,7 @@ from workbench.config import ModelConfig
 from workbench.errors import ConfigError, ShapeError
 from workbench.hooks import HookedModel, HookPoint
 from workbench.interventions.base import Intervention
+from workbench.interventions.lowering import InterventionRow, intervention_table
 from workbench.interventions.session import Attachable, as_interventions
 from workbench.interventions.where import Batch
 from workbench.models.attention import ATTENTION_IMPLEMENTATIONS, Attention
@@ -143,6 +144,10 @@ class Llama(HookedModel):
         """
         with as_interventions(interventions).attach(self):
             yield self
+
+    def intervention_table(self) -> list[InterventionRow]:
+        """What is attached right now, in the order in which it acts, and whether it ran in the kernels or as a hook."""
+        return intervention_table(self)
 
     def generate(self, tokens: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Continue prompts [batch pos], left-padded if padded; see `workbench.models.generate.generate`."""
