@@ -35,8 +35,8 @@ def decode_block(model: Llama, ids: Sequence[int], caches: Sequence[KVCache], n_
             resid = model(tokens, cache=cache, stop_at_layer=model.cfg.n_layers)
         return unembed(model, resid)[: len(caches), 0]
     except Exception:
-        for cache, n in zip(caches, n_seen, strict=True):  # as if nothing had happened: it may be tried again
-            cache.n_seen = n
+        for own, n in zip(caches, n_seen, strict=True):  # as if nothing had happened: it may be tried again
+            own.n_seen = n
         raise
 
 

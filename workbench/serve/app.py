@@ -89,7 +89,7 @@ async def _answer(service: Service, kind: type[Chat] | type[Completion], body: A
     _check_name(service, body.model)
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: expected stream to be true beside it, got false.", "stream_options")
-    asked = await run_in_threadpool(kind, service, body)  # long texts take time to tokenize
+    asked: Chat | Completion = await run_in_threadpool(kind, service, body)  # long texts take time to tokenize
     mailbox = Mailbox(service.limits.buffer if body.stream else None, service.scheduler.wake)
     choices = asked.choices(mailbox)
     service.submit(choices)

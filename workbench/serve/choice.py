@@ -59,7 +59,8 @@ class Ended:
 class Writer(Protocol):
     """Turns ids into what a client sees; `stopped` is True once a stop string was found."""
 
-    stopped: bool
+    @property
+    def stopped(self) -> bool: ...
 
     def push(self, token_id: int) -> Sequence[Any]: ...
     def finish(self) -> Sequence[Any]: ...

@@ -95,7 +95,7 @@ class Completion:
 
     def _prompts(self) -> list[Prompt]:
         given = self.body.prompt
-        several: list[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]  # type: ignore[list-item]
+        several: list[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
         bos = self.body.add_special_tokens is not False
         found = []
         for position, one in enumerate(several):

@@ -147,10 +147,18 @@ class Engine:
                 choice.known = choice.known or self._known(choice)
                 choice.known.row = None if alone else (row, self.limits.rows)
                 batches.append(choice.known)
-        with attached(self.model, batches):
+        # A layer may hand an edit to its kernels or leave it a hook, by what else is attached: the same in exact
+        # arithmetic, and not to the bit. A listener at the logits makes all of a block's edits hooks, whoever is in it.
+        points = [f"blocks.{layer}.mlp.hook_router_logits" for layer in self.layers] if batches and not alone else []
+        with self.model.hooks([(points, _looks)] if points else []), attached(self.model, batches):
             yield
 
     def _known(self, choice: Choice) -> Batch:
         ask = choice.ask
         langs = None if ask.lang is None else [ask.lang]
         return Batch(ask.items, partial(label_tokens, tokenizer=self.tokenizer), langs, [len(ask.prompt)])
+
+
+@only_looks
+def _looks(x: Tensor, hook: HookPoint) -> None:
+    return None

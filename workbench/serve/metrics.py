@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -21,7 +21,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        made = {"registry": self.registry, "namespace": "workbench"}
+        made: dict[str, Any] = {"registry": self.registry, "namespace": "workbench"}
         self.requests = Counter("requests", "Requests by path and status.", ["path", "status"], **made)
         self.refused = Counter("refused", "Requests refused before they ran, by reason.", ["reason"], **made)
         self.ended = Counter("choices", "Choices by what ended them.", ["reason"], **made)

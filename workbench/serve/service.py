@@ -80,7 +80,7 @@ class Service:
         """`n` choices of each ask, each with a seed of its own, as `model.generate` would seed its rows."""
         if len(asks) * n > self.limits.choices:
             raise invalid("n", f"n: expected at most {self.limits.choices} choices in all, got {len(asks) * n}.")
-        made = []
+        made: list[Choice] = []
         for ask in asks:
             seed = ask.sampling.seed
             seeds = row_seeds(seed, n) if isinstance(seed, int) else [None] * n

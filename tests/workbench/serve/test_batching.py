@@ -9,6 +9,7 @@ import pytest
 import torch
 from serve_mixes import Heard, draw_asks, follow
 
+from workbench.interventions import BiasRouter, SteerRouter
 from workbench.models import Llama
 from workbench.models.blocks import check_block, decode_block
 from workbench.models.sampling import Sampling
@@ -24,7 +25,7 @@ def alone(model: Llama, asks: list[Ask]) -> list[Heard]:
     return [follow(Scheduler(engine), [ask])[0] for ask in asks]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_a_mix_of_requests_answers_each_as_if_alone(served: Llama, seed: int) -> None:
     draw = random.Random(seed)
     asks = draw_asks(served, draw, n=12)
@@ -37,6 +38,17 @@ def test_a_mix_of_requests_answers_each_as_if_alone(served: Llama, seed: int) ->
         assert len(got.routes) == len(want.routes), ask
         for mine, theirs in zip(got.routes, want.routes, strict=True):
             assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True)), ask
+
+
+def test_how_a_neighbour_is_intervened_on_moves_no_bit(tiny_moe: Llama) -> None:
+    """Two biases may be added up or applied in turn, by what else a layer has to do; alone and beside others alike."""
+    draw = torch.Generator().manual_seed(4)
+    biases = tuple(BiasRouter(bias=torch.randn(8, generator=draw), scale=0.3) for _ in range(2))
+    beside = (SteerRouter(experts=(2,), form="soft"),)
+    both = [Ask(tuple(range(30, 45)), 12, items=items, logprobs=0) for items in (biases, beside)]
+    mixed = follow(Scheduler(Engine(tiny_moe, LIMITS, FREE)), both)
+    for got, want in zip(mixed, alone(tiny_moe, both), strict=True):
+        assert got.logprobs == want.logprobs
 
 
 def test_a_greedy_answer_is_that_of_generate(served: Llama) -> None:
