@@ -47,6 +47,7 @@ def environment(folder: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PLOTLY_RENDERER": "plotly_mimetype",  # 10 kB a figure; `notebook` would store plotly.js
         "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",  # progress is no output
         "IPYTHONDIR": str(folder / ".ipython"),
         "TMPDIR": str(folder),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import polars as pl
 import torch
@@ -50,7 +51,7 @@ _COLUMNS = ("expert_ids", "routing_weights", "router_entropy", "router_margin")
 
 def _choose(model: Llama, layer: int, x: Tensor) -> dict[str, Tensor]:  # [token d_model]
     """The model's own router, top-k and weights on foreign input."""
-    moe = model.blocks[layer].mlp
+    moe: Any = model.blocks[layer].mlp
     logits = x.float() @ moe.router.weight.float().T.to(x.device)  # [token expert]
     weights, ids = logits.softmax(-1).topk(model.cfg.k, dim=-1)  # type: ignore[union-attr]
     if model.cfg.norm_topk_prob:  # type: ignore[union-attr]

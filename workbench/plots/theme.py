@@ -7,6 +7,7 @@ lightness, and lines differ in dash.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,14 +86,15 @@ _SYMBOLS = ("circle", "diamond", "square", "x", "triangle-up", "cross")
 
 def looks(names: Sequence[Any]) -> dict[Any, Look]:
     """A look for each name: languages, channels and efforts have their own colour, others take turns."""
-    places = range(len(names))
+    taken = {COLOURS[name] for name in names if name in COLOURS}
+    others = cycle(shade for shade in _OTHERS if shade not in taken)
     return {
         name: Look(
-            COLOURS.get(name, _OTHERS[place % len(_OTHERS)]),
+            COLOURS[name] if name in COLOURS else next(others),
             DASHES.get(name, _DASHES[place % len(_DASHES)]),
             _SYMBOLS[place % len(_SYMBOLS)],
         )
-        for place, name in zip(places, names, strict=True)
+        for place, name in enumerate(names)
     }
 
 
