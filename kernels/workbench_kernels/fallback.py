@@ -61,7 +61,7 @@ def fallback_moe(
     )  # fmt: skip
 
 
-def router_logits(x: Tensor, router_weight: Tensor, numerics: str = "trained") -> Tensor:  # [T, D], [E, D] -> [T, E]
+def router_logits(x: Tensor, router_weight: Tensor, numerics: str = "trained") -> Tensor:  # [... D], [E, D] -> [... E]
     """x · router_weightᵀ, such that on CPU experts with the same router row get the same bits: an exact tie.
 
     A CPU's matrix product sums the columns that fill no vector register in another order than the rest, so E is padded
@@ -71,7 +71,7 @@ def router_logits(x: Tensor, router_weight: Tensor, numerics: str = "trained") -
     lacking = -router_weight.shape[0] % _LANES
     if x.device.type != "cpu" or numerics == "hf" or not lacking:
         return F.linear(x, router_weight)
-    return F.linear(x, F.pad(router_weight, (0, 0, 0, lacking)))[:, : router_weight.shape[0]]
+    return F.linear(x, F.pad(router_weight, (0, 0, 0, lacking)))[..., : router_weight.shape[0]].contiguous()
 
 
 def top_k(

@@ -148,19 +148,21 @@ def test_a_changed_kernel_is_another_launch_for_all_that_call_it() -> None:
 
 
 def test_a_table_with_sizes_that_spill_fails_the_run(tmp_path: Path) -> None:
-    router = {"tokens": 4, "bt": 16, "bk": 64, "splits": 1, "warps": 4, "stages": 2}
-    down = {"bn": 32, "bk": 32, "warps": 4, "stages": 2, "group": 1, "tma": False}
     blocks = {
-        "bm": 64, "router": router, "gate_up": down | {"bn": 256, "bk": 64}, "down": down,
+        "router": {"tokens": 4, "bt": 16, "bk": 64, "splits": 1, "warps": 4, "stages": 2},
+        "gate_up": {"bn": 16, "bk": 512, "warps": 1, "stages": 2},  # 256 sums per thread
+        "down": {"bn": 8, "bk": 256, "warps": 4, "stages": 2},
         "combine": {"bd": 512, "warps": 4},
-    }  # fmt: skip
+    }
     entry = {"device": "*", "triton": "*", "shape": "*", "dtype": "float32", "bits": 8, "tuned": False}
-    (tmp_path / "sm_80.json").write_text(json.dumps([entry | {"tile": {"1": blocks}}]))
+    (tmp_path / "sm_80.json").write_text(json.dumps([entry | {"decode": {"1": blocks}}]))
     done = run(
         str(TOOL), "--no-ledger", "--arch", "sm_80", "--formats", "float32/8", WORKBENCH_KERNELS_CONFIGS=str(tmp_path)
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"sm_80 table tile T=\d+ float32/8 everything: gate_up_kernel: \d+ bytes spilled", done.stdout)
+    assert re.search(
+        r"sm_80 table decode T=\d+ float32/8 everything: decode_gate_up_kernel: \d+ bytes spilled", done.stdout
+    )
     assert "not all well" in done.stdout
 
 
