@@ -25,11 +25,11 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_what_ships_compiles_well_for_every_architecture() -> None:
-    """The ledger has every launch without a problem; the covering set, and others for a while, come out as it says."""
-    done = run(str(TOOL), "--minutes", "4", "--jobs", "2")
+    """The ledger has every launch without a problem; the covering set and a daily sample come out as it says."""
+    done = run(str(TOOL), "--sample", "200", "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) launches on sm_80, sm_86, sm_90, sm_100, gfx942", done.stdout)[1]) > 2000
-    assert int(re.search(r"compiled (\d+) launches, all well", done.stdout)[1]) > 500
+    assert int(re.search(r"compiled (\d+) launches, all well", done.stdout)[1]) > 1000
 
 
 BAD = """
@@ -160,9 +160,7 @@ def test_a_table_with_sizes_that_spill_fails_the_run(tmp_path: Path) -> None:
         str(TOOL), "--no-ledger", "--arch", "sm_80", "--formats", "float32/8", WORKBENCH_KERNELS_CONFIGS=str(tmp_path)
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(
-        r"sm_80 table decode T=\d+ float32/8 everything: decode_gate_up_kernel: \d+ bytes spilled", done.stdout
-    )
+    assert re.search(r"sm_80 table decode T=\d+ float32/8 \w+: decode_gate_up_kernel: \d+ bytes spilled", done.stdout)
     assert "not all well" in done.stdout
 
 
