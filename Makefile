@@ -21,7 +21,7 @@ help:
 	@echo "make docs     the documentation as a site that opens offline: build/site/index.html"
 	@echo "make check    ruff, format, import rules, types"
 	@echo "make kernels  the Triton kernels with the oldest triton that is supported: interpreted, then compiled"
-	@echo "make kernels-aot  compile every shipped configuration for every architecture (long)"
+	@echo "make kernels-aot  compile what kernels/tools/aot.csv lacks of every configuration and architecture, and record it"
 
 # A stamp per set of extras: installed once, again when what is to be installed changes.
 $(VENV)/created:
@@ -85,10 +85,10 @@ $(TRITONS)/$(OLD_TRITON): $(VENV)/dev
 
 kernels: $(TRITONS)/$(OLD_TRITON)
 	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" tests/kernels/interpreted
-	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) $(BIN)/python kernels/tools/aot_check.py --cover first --arch sm_90 --formats bfloat16/16 --jobs 2
+	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) $(BIN)/python kernels/tools/aot_check.py --no-ledger --arch sm_90 --formats bfloat16/16 --jobs 2
 
 kernels-aot: $(VENV)/dev
-	$(BIN)/python kernels/tools/aot_check.py --jobs 2
+	$(BIN)/python kernels/tools/aot_check.py --record --jobs 2
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix $(SOURCES)

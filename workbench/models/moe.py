@@ -22,7 +22,7 @@ from workbench.hooks import HookPoint
 from workbench.models.layers import wide
 from workbench.models.moe_weights import QuantizedWeight, expert_weight
 from workbench_kernels import Intervene, Need, routed_experts
-from workbench_kernels.fallback import count_slots, output_tap, top_k
+from workbench_kernels.fallback import count_slots, output_tap, router_logits, top_k
 from workbench_kernels.moe.api import NO_GRADIENT, plan_layer, without_gradient
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Moe(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         if self.router_dtype == "model":
             return F.linear(x, self.router.weight)
-        return F.linear(wide(x), wide(self.router.weight))
+        return router_logits(wide(x), wide(self.router.weight))
 
     def _changed(self, logits: Tensor, change: Intervene) -> Tensor:  # [batch pos expert]
         if change.router_bias is not None:
