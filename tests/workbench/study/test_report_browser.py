@@ -124,6 +124,7 @@ def test_the_explorer_of_the_report_is_driven_by_mouse_and_keyboard(opened: Open
     page.keyboard.press("Enter")
     assert place.locator(".wbx-pinned").get_attribute("data-t") == "1"
     place.locator(".wbx-map").first.focus()
+    page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     assert place.locator(".wbx-card").is_visible()
     page.keyboard.press("Escape")
