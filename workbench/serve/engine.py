@@ -22,7 +22,7 @@ from workbench.models.blocks import check_block, decode_block, unembed
 from workbench.models.recording import routed_layers
 from workbench.models.stopping import need_tokenizer
 from workbench.serve.choice import Choice, logprobs_of
-from workbench.serve.limits import Limits, cache_positions, pages
+from workbench.serve.limits import PAGE, Limits, cache_positions, pages
 
 SCORED = 64  # positions of a prompt that are unembedded at a time
 
@@ -75,7 +75,7 @@ class Engine:
     @property
     def n_ctx(self) -> int:
         """The longest prompt and answer that can be asked for."""
-        return min(self.model.cfg.n_ctx, self.pool.n_positions)
+        return min(self.model.cfg.n_ctx, self.pool.n_positions // PAGE * PAGE)  # a part of a page holds nothing
 
     @torch.inference_mode()
     def read(self, choice: Choice) -> None:

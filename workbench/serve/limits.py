@@ -50,14 +50,14 @@ class Limits:
 
 def cache_positions(limits: Limits, cfg: ModelConfig, bytes_per_value: int, free_bytes: int) -> int:
     """How many positions all caches may hold together. Raises ConfigError when that is not even one page."""
-    if limits.cache_positions is not None:
-        return limits.cache_positions
     per_position = 2 * cfg.n_layers * cfg.n_kv_heads * cfg.d_head * bytes_per_value
-    found = min(int(free_bytes * SHARE) // per_position, limits.running * pages(cfg.n_ctx))
+    found = limits.cache_positions
+    if found is None:
+        found = min(int(free_bytes * SHARE) // per_position, limits.running * pages(cfg.n_ctx))
     if found < PAGE:
         raise ConfigError(
-            f"cache_positions: expected memory for at least {PAGE} positions of {per_position} bytes, got "
-            f"{free_bytes} bytes free. Free some, or name a number."
+            f"cache_positions: expected at least {PAGE} ({per_position} bytes each), got {found}. Free memory, or "
+            "name a number."
         )
     return found
 

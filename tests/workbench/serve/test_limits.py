@@ -15,7 +15,7 @@ from workbench.errors import ConfigError
 from workbench.models import Llama
 from workbench.serve import Limits
 from workbench.serve.choice import Written
-from workbench.serve.engine import CachePool
+from workbench.serve.engine import CachePool, Engine
 from workbench.serve.limits import cache_positions
 from workbench.serve.mailbox import Mailbox
 from workbench.serve.run import check_address
@@ -50,6 +50,14 @@ def test_caches_take_half_of_what_is_free(tiny_llama: Llama) -> None:
     assert cache_positions(Limits(), tiny_llama.cfg, 4, 2 * 1000 * per_position) == 1000
     with pytest.raises(ConfigError, match="cache_positions"):
         cache_positions(Limits(), tiny_llama.cfg, 4, 100)
+
+
+def test_what_can_be_asked_for_fits_the_caches(tiny_llama: Llama) -> None:
+    engine = Engine(tiny_llama, replace(LIMITS, cache_positions=300), 1 << 30)
+    assert engine.n_ctx == 256  # of 300 positions a cache takes whole pages
+    assert engine.pool.take(engine.n_ctx) is not None
+    with pytest.raises(ConfigError, match="cache_positions"):
+        Engine(tiny_llama, replace(LIMITS, cache_positions=100), 1 << 30)
 
 
 def test_caches_are_recycled_within_their_bound(tiny_llama: Llama) -> None:
