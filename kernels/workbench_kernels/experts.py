@@ -110,8 +110,9 @@ def routed_experts(
     `expert_pre_linear` (gate and up projections), `expert_post` (their product after silu), `expert_out` (before
     weighting). A tap that returns its argument changes no bit. Weights of higher precision than x make the weighted
     sum in that precision; the result has x's dtype. numerics "hf" rounds as transformers' grouped_mm does: products
-    in x's dtype only, weighted before they are added. `rows_per_expert` fills every expert that was hit up to a multiple
-    of so many rows: with that of T, which no expert exceeds, a token's bits do not depend on what the others chose.
+    in x's dtype only, weighted before they are added. `rows_per_expert` fills every expert that was hit up to a
+    multiple of so many rows: with that of T, which no expert exceeds, a token's bits do not depend on what the others
+    chose.
     Differentiable in every floating argument. Raises ValueError for
     quantised experts, and for rows that are no multiple of 16 bytes, with grouped_mm.
     """

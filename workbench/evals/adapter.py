@@ -115,7 +115,7 @@ class WorkbenchLM(TemplateLM):
         return [self._tokens.bos_id, *ids] if wanted and ids[:1] != [self._tokens.bos_id] else list(ids)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = [self._pair(*request.args[:2], language_of(request)) for request in requests]
+        pairs = [self._pair(request.args[0], request.args[1], language_of(request)) for request in requests]
         found = self._score(pairs, disable_tqdm)
         for request, result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, result)

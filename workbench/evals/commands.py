@@ -93,7 +93,7 @@ def _targets(model: Any, arguments: argparse.Namespace) -> list[Any]:
     """What the arguments ask to take out: sets of experts, each expert alone, or a file of interventions."""
     from workbench.evals.targets import Target, describe_places, knock_out, parse_places, study_places, target_of
 
-    named = {}
+    named: dict[str, Any] = {}
     if arguments.experts:
         places = parse_places(arguments.experts)
         named = {describe_places([p]): (p,) for p in places} if arguments.each else {"experts": places}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import plotly.graph_objects as go
@@ -174,11 +175,11 @@ def methods(found: Ablation) -> list[str]:
 
 
 def _load_sentence(found: Ablation) -> str:
-    ratios = found.conditions["load_ratio"].drop_nulls()
-    if ratios.is_empty():
+    ratios = found.conditions["load_ratio"].drop_nulls().to_list()
+    if not ratios:
         return ""
-    low, high = ratios.min(), ratios.max()
-    return f"Their load was {ratios.median():.2f} of the target's in the median, from {low:.2f} to {high:.2f}."
+    low, high = min(ratios), max(ratios)
+    return f"Their load was {median(ratios):.2f} of the target's in the median, from {low:.2f} to {high:.2f}."
 
 
 def table_rows(found: Ablation) -> list[list[str]]:

@@ -172,7 +172,9 @@ def _composed(
 def _then(found: dict[str, Tensor], arguments: dict[str, Tensor], device: torch.device) -> None:
     """scale · output + add, after what was found so far. Given weights are left: they are no output."""
     scale, add = arguments["expert_scale"].to(device), arguments.get("expert_add")
-    found["expert_scale"] = found.get("expert_scale", 1) * scale
-    before = found["expert_add"] * scale[:, None] if "expert_add" in found else 0
-    if add is not None or "expert_add" in found:
-        found["expert_add"] = before + (0 if add is None else add.to(device))
+    found["expert_scale"] = found["expert_scale"] * scale if "expert_scale" in found else scale
+    added = [] if add is None else [add.to(device)]
+    if "expert_add" in found:
+        added.insert(0, found["expert_add"] * scale[:, None])
+    if added:
+        found["expert_add"] = added[0] if len(added) == 1 else added[0] + added[1]

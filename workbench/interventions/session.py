@@ -118,7 +118,8 @@ class PerRow(Attachable):
             raise InterventionError(f"row {number}: {error}") from None
         if not isinstance(own, Interventions):
             raise InterventionError(f"row {number}: expected a list of interventions, got {type(own).__name__}.")
-        lang, n_prompt = (None if given is None else given[number] for given in (self.langs, self.n_prompt))
+        lang = None if self.langs is None else self.langs[number]
+        n_prompt = None if self.n_prompt is None else self.n_prompt[number]
         return Interventions(
             own.items,
             own.label or self.label,

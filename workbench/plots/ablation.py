@@ -82,7 +82,7 @@ def loss_scatter(losses: pl.DataFrame, conditions: pl.DataFrame, unit: str) -> g
 
 
 def _loss_point(row: dict[str, object], shade: str) -> go.Scatter:
-    values = {name: float(row[name]) if isinstance(row[name], float) else np.nan for name in row if "loss_" in name}
+    values = {name: value if isinstance(value, float) else np.nan for name, value in row.items() if "loss_" in name}
     bars = {
         axis: {
             "type": "data", "symmetric": False, "thickness": 1.4, "width": 3,

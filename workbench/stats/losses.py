@@ -106,7 +106,7 @@ def judge(
     if not rows:
         return summary.clear().with_columns(**{name: pl.lit(None, kind) for name, kind in JUDGED.items()})
     kept = summary.filter(pl.col("condition").is_in(targets))
-    extra = {
+    extra: dict[str, pl.Series | pl.Expr] = {
         "p_holm": pl.Series(holm(found["p_controls"].to_numpy()), dtype=pl.Float64),
         "p_items": pl.Series(_exchange(losses, metric, targets, seed), dtype=pl.Float64),
         "n_tests": pl.lit(len(targets), dtype=pl.Int64),
@@ -182,7 +182,7 @@ def _cube(losses: pl.DataFrame, metric: str) -> _Cube:
     placed = kept.join(cells, on=["family", "lang"]).join(groups, on="group").join(names, on="condition")
     shape = (len(conditions), len(cells), len(groups))
     flat = np.ravel_multi_index([placed[name].to_numpy() for name in ("row", "cell", "place")], shape)
-    sums = np.bincount(flat, placed["loss"].to_numpy(), minlength=int(np.prod(shape))).reshape(shape)
+    sums = np.bincount(flat, placed["loss"].to_numpy(), minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
     counts = np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape)
     first = counts[0] if len(conditions) else np.zeros(shape[1:])
     strata = (
