@@ -55,7 +55,7 @@ def test_the_run_is_undisturbed(moe: Qwen3Moe, other: Qwen3Moe) -> None:
 
 
 def test_models_of_other_shapes_are_refused(moe: Qwen3Moe, llama) -> None:
-    with pytest.raises(ConfigError, match="expected a layer with experts"):
+    with pytest.raises(ConfigError, match="expected a mixture of experts"):
         exchanged_routing(llama, moe, NAMES, SEQUENCES)
     from dataclasses import replace
 
