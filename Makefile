@@ -8,7 +8,7 @@ SOURCES := workbench kernels tests data notebooks
 TRITONS := $(VENV)/tritons
 OLD_TRITON := 3.6.0
 
-.PHONY: help demo test slow browser lab notebooks check kernels kernels-aot format clean
+.PHONY: help demo test slow browser lab notebooks docs check kernels kernels-aot format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,9 +18,10 @@ help:
 	@echo "make browser  the tests that open the report in headless chromium"
 	@echo "make lab      JupyterLab on notebooks/"
 	@echo "make notebooks  run every notebook and write its outputs back"
+	@echo "make docs     the documentation as a site that opens offline: build/site/index.html"
 	@echo "make check    ruff, format, import rules, types"
 	@echo "make kernels  the Triton kernels with the oldest triton that is supported: interpreted, then compiled"
-	@echo "make kernels-aot  compile every shipped configuration for every architecture (long)"
+	@echo "make kernels-aot  compile what kernels/tools/aot.csv lacks of every configuration and architecture, and record it"
 
 # A stamp per set of extras: installed once, again when what is to be installed changes.
 $(VENV)/created:
@@ -43,6 +44,10 @@ $(VENV)/notebooks: $(VENV)/base
 	$(PIP) install -c constraints.txt -e '.[notebooks]'
 	@touch $@
 
+$(VENV)/docs: $(VENV)/base
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
 demo: $(VENV)/base
 	$(BIN)/workbench study --out runs/demo
 
@@ -63,6 +68,10 @@ lab: $(VENV)/notebooks
 notebooks: $(VENV)/dev
 	$(BIN)/python notebooks/execute.py
 
+docs: $(VENV)/docs
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+	@echo build/site/index.html
+
 check: $(VENV)/dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -76,10 +85,10 @@ $(TRITONS)/$(OLD_TRITON): $(VENV)/dev
 
 kernels: $(TRITONS)/$(OLD_TRITON)
 	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" tests/kernels/interpreted
-	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) $(BIN)/python kernels/tools/aot_check.py --cover first --arch sm_90 --formats bfloat16/16 --jobs 2
+	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) $(BIN)/python kernels/tools/aot_check.py --no-ledger --arch sm_90 --formats bfloat16/16 --jobs 2
 
 kernels-aot: $(VENV)/dev
-	$(BIN)/python kernels/tools/aot_check.py --jobs 2
+	$(BIN)/python kernels/tools/aot_check.py --record --jobs 2
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -33,7 +33,7 @@ def test_every_requirement_is_pinned_within_its_range(declared: str) -> None:
 
 def test_the_extras_are_the_documented_ones() -> None:
     assert set(PROJECT["optional-dependencies"]) == {
-        "interp", "hf", "kernels", "serve", "eval", "ray", "notebooks", "dev",
+        "interp", "hf", "kernels", "serve", "eval", "ray", "notebooks", "docs", "dev",
     }  # fmt: skip
 
 

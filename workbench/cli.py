@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workbench.errors import WorkbenchError
+from workbench.evals.commands import add_commands
 
 DEFAULT_MODEL = "nano-moe-thinking"
 
@@ -111,6 +112,7 @@ def memory(arguments: argparse.Namespace) -> None:
         config_of(arguments.model),
         arguments.context,
         dtype=DTYPES[arguments.dtype],
+        experts=arguments.experts,
         batch=arguments.batch_size,
         chunk=arguments.prefill_chunk,
         record=arguments.record,
@@ -119,6 +121,28 @@ def memory(arguments: argparse.Namespace) -> None:
     print(needed.table(arguments.model))
     given = arguments.available
     needed.check(int(given * GIB) if given is not None else available_memory(arguments.device), arguments.device)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serve a model over HTTP until told to stop."""
+    from workbench.interventions import load_interventions
+    from workbench.io.hub import model_name
+    from workbench.io.weights import load_model
+    from workbench.memory import available_memory
+    from workbench.serve.command import api_key, limits_of, need_server
+    from workbench.serve.run import check_address
+    from workbench.serve.run import serve as run
+    from workbench.serve.service import Identity, Service
+
+    need_server()
+    key = api_key(arguments.api_key, arguments.api_key_file)
+    check_address(arguments.host, key)  # before minutes of loading
+    limits = limits_of(arguments)
+    items = load_interventions(arguments.intervention) if arguments.intervention else ()
+    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "auto")
+    model = load_model(arguments.model, dtype=dtype, device=arguments.device, moe_impl=arguments.moe_impl)
+    identity = Identity(arguments.name or model_name(arguments.model), items, arguments.date, key)
+    run(Service(model, identity, limits, available_memory(arguments.device)), arguments.host, arguments.port)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("name", metavar="NAME")
     table.set_defaults(run=params)
     _add_memory(commands.add_parser("memory", help="what a long generation needs: weights, cache, records"))
+    add_commands(commands)
+    _add_serve(commands.add_parser("serve", help="an OpenAI-compatible server, with interventions and routing"))
     return parser
 
 
@@ -152,9 +178,37 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
     add("--record", type=_names, default=(), metavar="LIST", help="routing and hook points, such as routing,resid_post")
     add("--in-memory", action="store_true", help="keep records in memory instead of files")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    add("--experts", choices=("plain", "int8", "int4"), default="plain", help="how experts are held (default: plain)")
     add("--device", default="cpu", help="whose free memory counts: cpu, cuda ... (default: %(default)s)")
     add("--available", type=float, metavar="GIB", help="memory to plan for instead of what is free now")
     command.set_defaults(run=memory)
+
+
+def _add_serve(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="name or directory (default: %(default)s)")
+    add("--intervention", type=Path, metavar="FILE", help="JSON of interventions that act on every request")
+    add("--name", metavar="NAME", help="what clients call the model (default: its own name)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="others than loopback need a key (default: %(default)s)")
+    add("--port", type=int, default=8000, metavar="N", help="0 for any free one (default: %(default)s)")
+    add("--api-key", metavar="KEY", help="better --api-key-file or WORKBENCH_API_KEY: a command line is seen by others")
+    add("--api-key-file", type=Path, metavar="FILE", help="a file that holds the key")
+    add("--date", metavar="YYYY-MM-DD", help="of every chat that names none (default: today)")
+    add("--rows", type=int, metavar="N", help="sequences in one decoding pass (default: 8)")
+    add("--running", type=int, metavar="N", help="sequences that run at once (default: 32)")
+    add("--queue", type=int, metavar="N", help="sequences that may wait (default: 256)")
+    add("--choices", type=int, metavar="N", help="sequences of one request (default: 128)")
+    add("--prefill-chunk", type=int, metavar="N", help="columns of a prompt in one pass (default: 256)")
+    add("--cache-positions", type=int, metavar="N", help="of all that run (default: what half the free memory holds)")
+    add("--body-bytes", type=int, metavar="N", help="largest request (default: 4 MiB)")
+    add("--seconds", type=float, metavar="S", help="longest request, waiting included (default: 600)")
+    add("--stall-seconds", type=float, metavar="S", help="longest that a reader may take nothing (default: 60)")
+    add("--buffer", type=int, metavar="N", help="tokens kept for a slow reader (default: 64)")
+    add("--drain-seconds", type=float, metavar="S", help="for what runs when the server is stopped (default: 60)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on CPU, else as stored")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    add("--moe-impl", default="auto", help="how experts are computed (default: %(default)s)")
+    command.set_defaults(run=serve)
 
 
 def _add_study(command: argparse.ArgumentParser) -> None:

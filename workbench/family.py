@@ -58,6 +58,7 @@ FAMILY: dict[str, FamilyMember] = {
         "llm-jp-4.1-32b-a3b-thinking": _32B_A3B,
     }.items()
 }
+"""The released models by name."""
 
 
 def family_member(name: str) -> FamilyMember:

@@ -15,6 +15,7 @@ from workbench.family import FAMILY, family_member
 from workbench.hf_config import config_from_hf
 from workbench.io.checkpoint import read_json
 from workbench.io.hub import resolve
+from workbench.io.quantise import expert_bits, model_bytes
 from workbench.models import build_model
 from workbench.models.recording import Recorder
 
@@ -74,6 +75,7 @@ def predict(
     context: int,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    experts: str = "plain",
     batch: int = 1,
     chunk: int = CHUNK,
     record: Sequence[str] = (),
@@ -81,8 +83,9 @@ def predict(
 ) -> Memory:
     """The memory of generating up to `context` positions with a static cache and prompts in chunks.
 
-    `record` as in `model.generate`. Raises ShapeError for a context the model does not have, HookError and ConfigError
-    for records that do not exist.
+    `record` as in `model.generate`, `experts` as in `load_model`: "int8" and "int4" hold the experts quantised and all
+    else in `dtype`. Raises ShapeError for a context the model does not have, HookError and ConfigError for records that
+    do not exist, and ConfigError for quantised experts of a model without experts.
     """
     for name, value in (("context", context), ("batch", batch), ("chunk", chunk)):
         if type(value) is not int or value < 1:
@@ -93,7 +96,7 @@ def predict(
     size = dtype.itemsize
     cache = 2 * cfg.n_layers * batch * context * cfg.n_kv_heads * cfg.d_head * size
     return Memory(
-        weights=cfg.n_params * size,
+        weights=_weights(cfg, experts, size),
         cache=cache,
         records=batch * context * record_bytes(cfg, record, dtype),
         work=_work(cfg, batch, context, chunk, size),
@@ -130,6 +133,15 @@ def config_of(name: str) -> ModelConfig:
     if name.removeprefix("llm-jp/") in FAMILY:
         return family_member(name).config
     return config_from_hf(read_json(resolve(name) / "config.json"))
+
+
+def _weights(cfg: ModelConfig, experts: str, size: int) -> int:
+    bits = expert_bits(experts)
+    if bits == 16:
+        return cfg.n_params * size
+    if not cfg.is_moe:
+        raise ConfigError(f"experts: expected plain for a model without experts, got {experts!r}.")
+    return model_bytes(cfg, bits, size=size)
 
 
 def _work(cfg: ModelConfig, batch: int, context: int, chunk: int, size: int) -> int:

@@ -37,23 +37,43 @@ _WIDENED_ROWS = 4  # from here on widening the matrix once costs less than multi
 class Groups:
     """The slots sorted by expert; ties keep slot order, so bits repeat. A lone token's slots stay as they are."""
 
-    sorted_ids: Tensor  # int64 [N]
+    sorted_ids: Tensor  # int64 [N]; more than there are slots once experts were filled up
     order: Tensor  # int64 [N], sorted row -> slot
     n_experts: int
     lone: bool = False
     as_transformers: bool = False  # no widening
+    places: Tensor | None = None  # int64 [slot]: where its row went, once experts were filled up to equal numbers
 
     @classmethod
-    def of(cls, ids: Tensor, n_experts: int, impl: str, as_transformers: bool) -> Groups:
+    def of(
+        cls, ids: Tensor, n_experts: int, impl: str, as_transformers: bool, rows_per_expert: int | None = None
+    ) -> Groups:
         flat = ids.reshape(-1)
         if impl == "sorted" and ids.shape[0] == 1:
             return cls(flat, torch.arange(flat.numel(), device=ids.device), n_experts, True, as_transformers)
-        return cls(*flat.sort(stable=True), n_experts, False, as_transformers)
+        sorted_ids, order = flat.sort(stable=True)
+        if rows_per_expert is None:
+            return cls(sorted_ids, order, n_experts, False, as_transformers)
+        return cls._filled(sorted_ids, order, n_experts, as_transformers, rows_per_expert)
+
+    @classmethod
+    def _filled(cls, sorted_ids: Tensor, order: Tensor, n_experts: int, as_transformers: bool, n_rows: int) -> Groups:
+        """Each expert that was hit gets a multiple of `n_rows`; copies of the first slot's row fill the places left."""
+        counts = torch.bincount(sorted_ids, minlength=n_experts)
+        room = (counts + n_rows - 1) // n_rows * n_rows  # [E]
+        shift = (room.cumsum(0) - room) - (counts.cumsum(0) - counts)  # [E], how far an expert's rows move
+        moved = torch.arange(order.numel(), device=order.device) + shift[sorted_ids]
+        filled = order.new_zeros(int(room.sum())).index_copy_(0, moved, order)
+        places = torch.empty_like(order).index_copy_(0, order, moved)
+        owners = torch.arange(n_experts, device=order.device).repeat_interleave(room)
+        return cls(owners, filled, n_experts, False, as_transformers, places)
 
     @functools.cached_property
-    def back(self) -> Tensor:  # int64 [N], slot -> sorted row
+    def back(self) -> Tensor:  # int64 [slot], slot -> sorted row
         if self.lone:
             return self.order
+        if self.places is not None:
+            return self.places
         rows = torch.arange(self.order.numel(), device=self.order.device)
         return torch.empty_like(self.order).index_copy_(0, self.order, rows)
 
@@ -82,6 +102,7 @@ def routed_experts(
     impl: str = "sorted",
     taps: Mapping[str, Tap] | None = None,
     numerics: str = "trained",
+    rows_per_expert: int | None = None,
 ) -> Tensor:  # [T, D]
     """Sum over the K slots of weight · down(silu(gate x) * up x), each slot with its own expert's matrices.
 
@@ -89,17 +110,20 @@ def routed_experts(
     `expert_pre_linear` (gate and up projections), `expert_post` (their product after silu), `expert_out` (before
     weighting). A tap that returns its argument changes no bit. Weights of higher precision than x make the weighted
     sum in that precision; the result has x's dtype. numerics "hf" rounds as transformers' grouped_mm does: products
-    in x's dtype only, weighted before they are added. Differentiable in every floating argument. Raises ValueError for
+    in x's dtype only, weighted before they are added. `rows_per_expert` fills every expert that was hit up to a
+    multiple of so many rows: with that of T, which no expert exceeds, a token's bits do not depend on what the others
+    chose.
+    Differentiable in every floating argument. Raises ValueError for
     quantised experts, and for rows that are no multiple of 16 bytes, with grouped_mm.
     """
     taps, as_transformers = taps or {}, numerics == "hf"
-    groups = Groups.of(expert_ids, gate_up.shape[0], impl, as_transformers)
+    groups = Groups.of(expert_ids, gate_up.shape[0], impl, as_transformers, rows_per_expert)
 
     def tap(name: str, rows: Tensor) -> Tensor:
         if name not in taps:
             return rows
         slots = taps[name](rows[groups.back].unflatten(0, expert_ids.shape))
-        return slots.reshape(rows.shape)[groups.order]
+        return slots.flatten(0, 1)[groups.order]
 
     linear = _LINEARS[impl]
     k = expert_ids.shape[1]

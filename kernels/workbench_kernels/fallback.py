@@ -15,6 +15,8 @@ from workbench_kernels.experts import Tap, Weight, routed_experts
 from workbench_kernels.moe.plan import ROUTED, Intervene, Need, Routing
 from workbench_kernels.quant import QuantizedExperts
 
+_LANES = 16  # float32 values in the widest vector register
+
 
 def fallback_moe(
     x: Tensor,  # [T, D]
@@ -39,7 +41,7 @@ def fallback_moe(
         _say_dequantised(impl)
     wide = torch.promote_types(x.dtype, torch.float32)
     routed_in = x.dtype if numerics == "hf" else wide
-    logits = F.linear(x.to(routed_in), router_weight.to(routed_in)).to(wide)  # [T, E]
+    logits = router_logits(x.to(routed_in), router_weight.to(routed_in), numerics).to(wide)  # [T, E]
     ranked = _changed_logits(logits, change)  # [T, E]
     probs = ranked.softmax(-1)  # [T, E]
     ids, margin = top_k(probs, ranked, k, change.keep_mask, "margin" in need.names)  # [T, K], [T]
@@ -51,12 +53,25 @@ def fallback_moe(
 
     found: dict[str, Tensor] = {}
     taps = {name: _Take(name, found, ids, need, router_weight.shape[0]) for name in ROUTED if name in need.names}
-    outputs = _output_tap(ids, change, taps.pop("expert_out", None))
+    outputs = output_tap(ids, change, taps.pop("expert_out", None))
     y = routed_experts(x, ids, weights, gate_up, down, impl=impl, taps={**taps, **outputs}, numerics=numerics)
     return y, Routing(
         logits, ids, weights.to(wide), expert_load(ids, router_weight.shape[0]), impl=impl, path=None,
         router_probs=probs if "router_probs" in need.names else None, margin=margin, **found,
     )  # fmt: skip
+
+
+def router_logits(x: Tensor, router_weight: Tensor, numerics: str = "trained") -> Tensor:  # [... D], [E, D] -> [... E]
+    """x · router_weightᵀ, such that on CPU experts with the same router row get the same bits: an exact tie.
+
+    A CPU's matrix product sums the columns that fill no vector register in another order than the rest, so E is padded
+    to whole registers, which for most models it is anyway. Not with numerics "hf", which wants transformers' bits.
+    cuBLAS promises nothing of the kind, and was not looked at; the triton kernels sum every column in one order.
+    """
+    lacking = -router_weight.shape[0] % _LANES
+    if x.device.type != "cpu" or numerics == "hf" or not lacking:
+        return F.linear(x, router_weight)
+    return F.linear(x, F.pad(router_weight, (0, 0, 0, lacking)))[..., : router_weight.shape[0]].contiguous()
 
 
 def top_k(
@@ -140,7 +155,7 @@ class _Take:
         return slots
 
 
-def _output_tap(ids: Tensor, change: Intervene, take: Tap | None) -> dict[str, Tap]:
+def output_tap(ids: Tensor, change: Intervene, take: Tap | None) -> dict[str, Tap]:
     """The tap at expert_out: interventions first, in float32 at least, then what is asked for. Absent if idle."""
     fields = ("expert_scale", "expert_add", "replace_experts")
     if take is None and not any(getattr(change, field) is not None for field in fields):

@@ -71,14 +71,14 @@ def entries(arch: str) -> list[Entry]:
     for directory in ([Path(user)] if user else []) + [PACKAGED]:
         file = directory / f"{arch}.json"
         if file.is_file():
-            found += _read(file)
+            found += read_table(file)
     return found
 
 
 def write_entry(file: Path, entry: Entry) -> None:
     """Put an entry into a table, in place of the one for the same case; other entries stay as they are."""
     keys = ("device", "triton", "shape", "dtype", "bits")
-    kept = [old for old in (_read(file) if file.is_file() else []) if any(old[key] != entry[key] for key in keys)]
+    kept = [old for old in (read_table(file) if file.is_file() else []) if any(old[key] != entry[key] for key in keys)]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump([*kept, entry]), encoding="utf-8")
     entries.cache_clear()
@@ -113,7 +113,8 @@ def triton_release() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-def _read(file: Path) -> list[Entry]:
+def read_table(file: Path) -> list[Entry]:
+    """The entries of one file. Raises ValueError, naming the file, for one that is no table."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
         broken = [

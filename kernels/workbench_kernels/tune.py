@@ -197,7 +197,7 @@ def warm_up(
 
 def _earlier(out: Path, entry: tables.Entry) -> tables.Entry:
     """The table's entry for the same case; empty where it has none."""
-    table = tables._read(out) if out.is_file() else []
+    table = tables.read_table(out) if out.is_file() else []
     keys = ("device", "triton", "shape", "dtype", "bits")
     return next((dict(old) for old in table if all(old[key] == entry[key] for key in keys)), {})
 

@@ -22,7 +22,7 @@ from generator.documents import document
 from generator.parallel import EFFORTS, LANGUAGES, Problem, pair_held_out, seeded
 
 SEED = 20261123  # of the trained models
-DOCUMENTS, CONVERSATIONS = "d6e0443571cf94af", "f0ec86b7765587f6"  # what they read, in short
+DOCUMENTS, CONVERSATIONS = "111d991cf71bb5ad", "18001c133340e315"  # what they read, in short
 JAPANESE = re.compile(r"[ぁ-んァ-ヴ一-龥]")
 EQUATION = re.compile(r"(?<![\d+-] )\b(\d+) ([+-]) (\d+) = (\d+)\b")
 DRAWS = (

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import Example, chat_example, collate, document_example, pool
+from muon import Muon, orthogonalised
 from recipe import HERE, RECIPES, Recipe, model_config
 from train import WARM_UP, Run, losses, make_optimizers, router_loss, schedule
 
@@ -69,6 +70,29 @@ def test_every_parameter_has_one_optimizer() -> None:
     owned = [p for o in optimizers.values() for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
     assert {p.ndim for group in optimizers["muon"].param_groups for p in group["params"]} == {2}
+
+
+def test_muon_is_torchs_up_to_the_rounding_of_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((64, 64), (32, 64), (96, 64), (64, 64))]
+    mine, theirs = ([w.clone().requires_grad_() for w in start] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.01, "momentum": 0.95}
+    optimizers = Muon(mine, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(3):
+        for w, other in zip(mine, theirs, strict=True):
+            w.grad = torch.randn(w.shape, generator=generator)
+            other.grad = w.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = [torch.linalg.vector_norm(w - w0) for w, w0 in zip(mine, start, strict=True)]
+    apart = [torch.linalg.vector_norm(w - other) for w, other in zip(mine, theirs, strict=True)]
+    assert all(gap < 0.02 * step for gap, step in zip(apart, moved, strict=True))
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    for shape in ((3, 32, 64), (3, 64, 32)):
+        values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert 0.5 < values.min() < values.max() < 1.5
 
 
 def test_router_loss_is_least_for_even_and_small_logits() -> None:

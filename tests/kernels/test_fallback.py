@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workbench_kernels import IMPLEMENTATIONS, Intervene, Need, Routing, fused_moe, quantize
-from workbench_kernels.fallback import top_k
+from workbench_kernels.fallback import router_logits, top_k
 from workbench_kernels.moe.plan import NEEDS, ROUTED
 from workbench_kernels.moe.reference import reference_moe
 
@@ -212,3 +212,32 @@ def test_forced_weights_are_used_as_they_are_in_hf_numerics(impl: str) -> None:
     assert torch.equal(routing.routing_weights, exact)
     products = (routing.expert_out.float() * exact.unsqueeze(-1)).bfloat16().float()
     assert torch.equal(y, products.sum(1).bfloat16())
+
+
+@pytest.mark.parametrize("e", [2, 5, 9, 15, 17, 60, 65, 128])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_experts_with_one_router_row_tie_exactly_and_the_lowest_ids_win(impl: str, e: int) -> None:
+    """A plain product on CPU gives some of them another last bit, for most numbers of experts."""
+    for t in (1, 2, 7, 33):
+        g = torch.Generator().manual_seed(t)
+        x, row = torch.randn(t, D, generator=g), torch.randn(1, D, generator=g)
+        gate_up, down = torch.randn(e, 2 * F, D, generator=g), torch.randn(e, D, F, generator=g)
+        _, routing = fused_moe(x, row.expand(e, D).contiguous(), gate_up, down, 2, need=("margin",), impl=impl)
+        assert (routing.router_logits == routing.router_logits[:, :1]).all()
+        assert torch.equal(routing.expert_ids, torch.tensor([[0, 1]] * t))
+        assert routing.margin is not None
+        assert routing.margin.isnan().all() if e == 2 else (routing.margin == 0).all()
+
+
+def test_padding_the_router_changes_no_value_and_passes_gradients_on() -> None:
+    x, router = layer(5)[:2]
+    x, router = x.requires_grad_(), router.requires_grad_()
+    padded, plain = router_logits(x, router), x @ router.T
+    torch.testing.assert_close(padded, plain)
+    for one, other in zip(
+        torch.autograd.grad(padded.square().sum(), (x, router)),
+        torch.autograd.grad(plain.square().sum(), (x, router)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(router_logits(x, router, "hf"), torch.nn.functional.linear(x, router))

@@ -121,7 +121,7 @@ def test_a_users_tuned_table_comes_first(gpu: torch.device, monkeypatch: pytest.
 def test_a_broken_table_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "sm_90.json").write_text(text)
     with pytest.raises(ValueError, match=r"sm_90\.json: expected"):
-        tables._read(tmp_path / "sm_90.json")
+        tables.read_table(tmp_path / "sm_90.json")
 
 
 def test_tuning_without_a_gpu_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

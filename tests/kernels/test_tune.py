@@ -83,7 +83,7 @@ def test_the_table_is_written_after_every_bucket(tmp_path: Path, monkeypatch: py
     tables.write_entry(out, ENTRY | {"device": "B"} | old)
     with pytest.raises(KeyboardInterrupt):
         tune.tune(one, dict(ENTRY), out, time.monotonic() + 9, say=lambda *words, **how: None)
-    other, written = tables._read(out)
+    other, written = tables.read_table(out)
     assert other == ENTRY | {"device": "B"} | old
     assert written["decode"] == {"1": {"name": "decode 1"}}
     assert written["skinny"] == {str(n): {"name": f"skinny {n}"} for n in tune.BUCKETS["skinny"][:3]}

@@ -18,6 +18,7 @@ from workbench.experiments.result import Result
 from workbench.experiments.sweeps import sweep
 from workbench.hooks import HookPoint
 from workbench.interventions import Intervention, KnockOut, SetExpertOutput, Where
+from workbench.interventions.where import told
 from workbench.models import Llama
 from workbench.models.layers import check_tokens
 
@@ -80,9 +81,10 @@ def ablate_experts(
         frames = []
         for cell in cells:
             change = _change(cell, means)
-            logits = model(
-                cache["resid_pre", cell.layer], attention_mask, start_at_layer=cell.layer, interventions=[change]
-            )
+            with told(model, tokens, attention_mask):
+                logits = model(
+                    cache["resid_pre", cell.layer], attention_mask, start_at_layer=cell.layer, interventions=[change]
+                )
             held = (cache["expert_ids", cell.layer] == cell.expert).any(-1).cpu() & valid.cpu()  # [batch pos]
             nll = _losses(logits, tokens, attention_mask)
             columns = {"doc": docs, "nll": nll.numpy(), "delta": (nll - base).numpy(),

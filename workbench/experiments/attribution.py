@@ -39,7 +39,9 @@ def attribution_patching(
 ) -> Result:
     """Estimated effect on `metric` of putting each site's clean activation into the corrupt run (denoising).
 
-    The pairs must be aligned column by column; `metric` gives one number per pair. Kinds of site:
+    `metric` gives one number per pair. Versions correspond column by column; or, where the pairs' positions lie in
+    different columns, at these alone: `pos` is then a column of the corrupt version, and elsewhere nothing is carried
+    and values are 0. Kinds of site:
       node    attention output and MLP output (or expert mixture) by layer and pos; rows say "attn" or "mlp" as kind
       head    one head's z by layer and pos
       neuron  one neuron, all positions at once; inside experts its weighted activation, 0 where the expert did not run
@@ -96,13 +98,13 @@ def _check(model: Llama, kinds: Sequence[str]) -> None:
 
 def _both_runs(model: Llama, versions: Versions, metric: Metric, kinds: Sequence[str]) -> Pair:
     """Activations of both runs and the corrupt run's gradients at every point that the kinds need."""
-    clean, corrupt, mask = versions
+    corrupt, mask = versions.corrupt, versions.mask
     names = sorted(
         {name for kind in kinds for layer in range(model.cfg.n_layers) for name in _points(model, kind, layer)}
     )
     with torch.no_grad():
         _, clean_cache = model.run_with_cache(
-            clean, attention_mask=mask, names_filter=names, stop_at_layer=model.cfg.n_layers
+            versions.clean, attention_mask=versions.clean_mask, names_filter=names, stop_at_layer=model.cfg.n_layers
         )
     live: dict[str, Tensor] = {}
 
@@ -121,6 +123,7 @@ def _both_runs(model: Llama, versions: Versions, metric: Metric, kinds: Sequence
         name: torch.zeros_like(live[name]) if g is None else g for name, g in zip(wanted, gradients, strict=True)
     }
     corrupt_cache = ActivationCache({name: x.detach() for name, x in live.items()})
+    clean_cache = versions.carried(clean_cache, corrupt_cache)
     return Pair(corrupt, mask, metric, values.detach(), clean_cache, corrupt_cache, ActivationCache(by_name))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
@@ -16,19 +16,47 @@ from workbench.hooks import ActivationCache, HookPoint
 from workbench.models import Llama
 from workbench.models.moe import Moe
 
-Versions = tuple[Tensor, Tensor, "Tensor | None"]  # clean and corrupt tokens [pair pos], their mask
 KINDS = ("node", "head", "neuron", "expert", "router")
 
 
+class Versions(NamedTuple):
+    """Both versions of the prompts and their masks; places: the columns [pair place] of clean and corrupt that belong
+    together, where these are not the same ones throughout.
+    """
+
+    clean: Tensor  # [pair pos]
+    corrupt: Tensor
+    clean_mask: Tensor | None
+    mask: Tensor | None  # of the corrupt one
+    places: tuple[Tensor, Tensor] | None
+
+    def carried(self, clean: ActivationCache, corrupt: ActivationCache) -> ActivationCache:
+        """The clean activations at the corrupt version's columns; where nothing corresponds, the corrupt ones."""
+        if self.places is None:
+            return clean
+        pair = torch.arange(len(self.clean))[:, None]
+        there, here = self.places
+        found = {name: x.clone() for name, x in corrupt.items()}
+        for name, x in found.items():
+            x[pair, here] = clean[name][pair, there]
+        return ActivationCache(found)
+
+
 def aligned(pairs: Pairs) -> Versions:
-    """The two versions and their mask. Raises ShapeError when named positions tie different columns together."""
-    crossed = pairs.positions and any(not torch.equal(clean, corrupt) for clean, corrupt in pairs.columns().values())
-    if crossed or pairs.corrupt_mask is not None:
-        raise ShapeError(
-            "pairs: expected versions aligned column by column, got different columns. "
-            "Use patch, which moves activations between them."
-        )
-    return pairs.clean, pairs.corrupt, pairs.attention_mask
+    """What attributions run on. Named positions that lie in different columns, as those of `alignment` do between
+    languages, are the only ones that correspond. Raises ShapeError when one corrupt position has two clean ones.
+    """
+    masks = pairs.masks
+    if not pairs.columns():
+        raise ShapeError("positions: expected at least one, got none. Leave them out to use every column.")
+    clean, corrupt = (torch.stack(side, 1) for side in zip(*pairs.columns().values(), strict=True))  # [pair place]
+    if pairs.corrupt_mask is None and torch.equal(clean, corrupt):
+        return Versions(pairs.clean, pairs.corrupt, *masks, None)
+    for there, here in zip(clean.tolist(), corrupt.tolist(), strict=True):
+        together = set(zip(there, here, strict=True))
+        if len({column for _, column in together}) < len(together):
+            raise ShapeError("positions: expected one clean position for a corrupt one, got several. Name fewer.")
+    return Versions(pairs.clean, pairs.corrupt, *masks, (clean, corrupt))
 
 
 def named(frame: pl.DataFrame, pairs: Pairs) -> pl.DataFrame:

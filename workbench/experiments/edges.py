@@ -57,9 +57,11 @@ def edge_attribution(
     of mlp, router and experts, which sum to it. One row per pair and edge: pair, sender, receiver (as "head 1.2",
     "k 3.0", "mlp 2"), value, and `exact`, the effect by path patching, for `exact_sample` edges (the half with the
     largest estimates and as many others at random), else null. `settings["agreement"]` has their correlation.
+    Where the pairs' positions lie in different columns, as between languages, outputs are carried between these alone.
     """
     _check(from_, to)
-    _, corrupt, mask = versions = aligned(pairs)
+    versions = aligned(pairs)
+    corrupt, mask = versions.corrupt, versions.mask
     froms, tos = senders(model, tuple(from_)), receivers(model, tuple(to))
     clean_cache, corrupt_cache, gradients, base = _both_runs(model, versions, metric, tos, "expert" in from_)
     deltas = [written(model, clean_cache, node) - written(model, corrupt_cache, node) for node in froms]
@@ -95,14 +97,19 @@ def path_patching(
     receiver reads the corrupt stream plus the sender's change; what it then writes differently goes to the next, and
     the last one's effect runs through the rest of the model freely (Wang et al., arXiv 2211.00593; Goldowsky-Dill et
     al., arXiv 2304.05969). A k or v receiver passes on what its whole group of heads writes. One row per pair and path:
-    pair, path, `value` (metric), `effect` (change from the corrupt run), `recovered` (0 corrupt, 1 clean).
+    pair, path, `value` (metric), `effect` (change from the corrupt run), `recovered` (0 corrupt, 1 clean). Positions
+    correspond as in `edge_attribution`.
     Raises ConfigError for a node that is unknown, in the wrong role, or not after the one before it.
     """
-    clean, corrupt, mask = aligned(pairs)
+    versions = aligned(pairs)
+    corrupt, mask = versions.corrupt, versions.mask
     routes = [_route(model, path) for path in paths]
     names = needed(model, with_experts=any(route[0].kind == "expert" for route in routes))
-    clean_logits, clean_cache = model.run_with_cache(clean, attention_mask=mask, names_filter=names)
+    clean_logits, clean_cache = model.run_with_cache(
+        versions.clean, attention_mask=versions.clean_mask, names_filter=names
+    )
     corrupt_logits, corrupt_cache = model.run_with_cache(corrupt, attention_mask=mask, names_filter=names)
+    clean_cache = versions.carried(clean_cache, corrupt_cache)
     target, base = score_rows(metric, clean_logits), score_rows(metric, corrupt_logits)
     frames = []
     for route in routes:
@@ -134,10 +141,9 @@ def _both_runs(
     model: Llama, versions: Versions, metric: Metric, tos: Sequence[Node], experts: bool
 ) -> tuple[ActivationCache, ActivationCache, dict[str, Tensor], Tensor]:
     """Both caches, and the metric of the corrupt run with its gradients where the receivers read."""
-    clean, corrupt, mask = versions
     names = needed(model, experts)
     with torch.no_grad():
-        _, clean_cache = model.run_with_cache(clean, attention_mask=mask, names_filter=names)
+        _, clean_cache = model.run_with_cache(versions.clean, attention_mask=versions.clean_mask, names_filter=names)
     watched = sorted({name for node in tos for name in _gradient_names(node)})
     live: dict[str, Tensor] = {}
 
@@ -146,10 +152,12 @@ def _both_runs(
 
     hooks = [("hook_embed", lambda x, hook: x.detach().requires_grad_()), ([*names, *watched], keep)]
     with torch.enable_grad():
-        values = score_rows(metric, model.run_with_hooks(corrupt, attention_mask=mask, fwd_hooks=hooks))
+        logits = model.run_with_hooks(versions.corrupt, attention_mask=versions.mask, fwd_hooks=hooks)
+        values = score_rows(metric, logits)
         found = torch.autograd.grad(values.sum(), [live[name] for name in watched], allow_unused=True)
     gradients = {n: torch.zeros_like(live[n]) if g is None else g for n, g in zip(watched, found, strict=True)}
-    return clean_cache, ActivationCache({n: live[n].detach() for n in names}), gradients, values.detach()
+    corrupt_cache = ActivationCache({n: live[n].detach() for n in names})
+    return versions.carried(clean_cache, corrupt_cache), corrupt_cache, gradients, values.detach()
 
 
 def _gradient_names(node: Node) -> list[str]:

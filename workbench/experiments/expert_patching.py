@@ -23,13 +23,14 @@ from torch import Tensor
 
 from workbench.capture import routed_layers
 from workbench.config import Qwen3MoeConfig
-from workbench.errors import ShapeError
+from workbench.errors import InterventionError, ShapeError
 from workbench.experiments.identity import check_choices
 from workbench.experiments.metrics import Metric
 from workbench.experiments.pairs import Pairs, Runs
 from workbench.experiments.result import Result
 from workbench.experiments.sweeps import sweep
 from workbench.hooks import HookPoint
+from workbench.interventions.where import told
 from workbench.models import Llama
 
 MODES = ("both", "values", "routing")
@@ -111,9 +112,7 @@ def patch_experts(
 
 
 def expert_runs(model: Llama, pairs: Pairs, metric: Metric, direction: str = "denoise") -> Runs:
-    """Clean and corrupt run with what the experts read. Raises ConfigError for a dense model,
-    InterventionError when what is attached to the model tells tokens apart: experts run outside their prompt here.
-    """
+    """Clean and corrupt run with what the experts read. Raises ConfigError for a dense model."""
     routed_layers(model)
     return Runs(model, pairs, metric, {"hook_resid_mid"}, direction, both=True)
 
@@ -142,6 +141,17 @@ def _cells(
             for mode in modes:
                 yield from (ExpertCell(mode, layer, expert, None, pos) for expert in found)
                 yield from (ExpertCell(mode, layer, None, name, pos) for name in groups)
+
+
+def _check_sum_stays(model: Llama, layer: int) -> None:
+    """Raises InterventionError when a change of what the experts write would not reach the stream as it is."""
+    after = {f"blocks.{layer}.hook_{leaf}" for leaf in ("mlp_out", "resid_post")}
+    for edit in (edit for batch in model.batches for edit in batch.edits):
+        if edit.point.name in after and edit.item.kind != "add_vector":
+            raise InterventionError(
+                f"expert patching: expected the sum of a layer's experts to reach the stream, got a {edit.item.kind} "
+                f"at {edit.point.name}, which changes what a patch before it does. Patch other layers, or without it."
+            )
 
 
 def expert_count(model: Llama) -> int:
@@ -173,6 +183,7 @@ class Contributions:
     def _compute(self, layer: int) -> LayerContributions:
         if layer not in routed_layers(self.runs.model):
             raise ShapeError(f"layers: expected layers with experts, got {layer}.")
+        _check_sum_stays(self.runs.model, layer)
         return LayerContributions(self.runs, layer)
 
 
@@ -206,7 +217,7 @@ class LayerContributions:
         self.runs, self.layer = runs, layer
         name = f"blocks.{layer}.hook_resid_mid"
         self.resid_mid = {"source": runs.source[name], "target": runs.target[name]}  # [pair pos d_model]
-        self.source, self.target = (run_experts(runs.model, layer, self.resid_mid[run]) for run in self.resid_mid)
+        self.source, self.target = (self._run(run, self.resid_mid[run], runs.positions(run)) for run in self.resid_mid)
 
     def active(self, there: Tensor, here: Tensor) -> list[int]:
         """Experts that run at the source's or target's columns in some pair."""
@@ -225,11 +236,18 @@ class LayerContributions:
         return crossed.sum_of(experts) - target.sum_of(experts)
 
     def _on(self, run: str, column: Tensor, routed: Slots) -> Slots:
-        """`routed` with outputs recomputed on another run's input at `column`."""
+        """`routed` with outputs recomputed on another run's input at `column`, under that token's interventions."""
         pair = torch.arange(len(column), device=column.device)
         resid = self.resid_mid[run][pair, column][:, None]  # [pair 1 d_model]
-        out = run_experts(self.runs.model, self.layer, resid, routed.ids[:, None]).out[:, 0]
+        positions, _ = self.runs.positions(run)
+        out = self._run(run, resid, (positions[pair, column][:, None], None), routed.ids[:, None]).out[:, 0]
         return routed._replace(out=out)
+
+    def _run(
+        self, run: str, resid_mid: Tensor, places: tuple[Tensor, Tensor | None], ids: Tensor | None = None
+    ) -> Slots:
+        with told(self.runs.model, *self.runs.inputs[run]):
+            return run_experts(self.runs.model, self.layer, resid_mid, places, ids)
 
     def clean_and_corrupt_weight(
         self, experts: Sequence[int], there: Tensor, here: Tensor, direction: str
@@ -238,8 +256,13 @@ class LayerContributions:
         return weights if direction == "denoise" else weights[::-1]
 
 
-def run_experts(model: Llama, layer: int, resid_mid: Tensor, ids: Tensor | None = None) -> Slots:
-    """A layer's router and experts on a residual stream [batch pos d_model]; `ids` [batch pos k] forces the experts."""
+def run_experts(
+    model: Llama, layer: int, resid_mid: Tensor, places: tuple[Tensor, Tensor | None], ids: Tensor | None = None
+) -> Slots:
+    """A layer's router and experts on a residual stream [batch pos d_model]; `ids` [batch pos k] forces the experts.
+
+    places: the positions of its tokens [batch pos], and where there is one (None: everywhere), for interventions.
+    """
     block: Any = model.blocks[layer]
     found: dict[str, Tensor] = {}
 
@@ -249,8 +272,8 @@ def run_experts(model: Llama, layer: int, resid_mid: Tensor, ids: Tensor | None 
     prefix = f"blocks.{layer}.mlp.hook_"
     force = [] if ids is None else [(f"{prefix}expert_ids", lambda x, hook: ids)]
     listen = [(f"{prefix}{leaf}", keep) for leaf in ("expert_ids", "routing_weights", "expert_out")]
-    for batch in model.batches:  # else they would act where the last pass had their tokens; see `expert_runs`
-        batch.begin(None, torch.zeros(resid_mid.shape[:2], dtype=torch.long, device=resid_mid.device), None, False)
+    for batch in model.batches:  # else they would act where the last pass had their tokens
+        batch.begin(None, *places, False)
     with model.hooks([*force, *listen]):
         block.mlp(block.ln2(resid_mid), None)
     return Slots(found["expert_ids"], found["routing_weights"], found["expert_out"])

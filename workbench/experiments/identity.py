@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from workbench.capture import weights_hash
-from workbench.errors import InterventionError, ShapeError
+from workbench.errors import ShapeError
 from workbench.experiments.metrics import Metric, TokenMetric, metric_name
 from workbench.interventions import to_json
 from workbench.models import Llama
 
 
-def describe_model(model: Llama, weights: bool = True) -> dict[str, Any]:
+def describe_model(model: Llama) -> dict[str, Any]:
     """`model` (source, weights, shape), `runs` (how it computes) and `interventions` (what is attached right now).
 
-    weights: read them all, seconds for a large model; what takes one forward pass leaves them out (null).
+    It reads all weights: seconds for a large model.
     """
     return {
         "model": {
             "source": model.source,
-            "weights": weights_hash(model) if weights else None,
+            "weights": weights_hash(model),
             "config": hashlib.sha256(repr(model.cfg).encode()).hexdigest()[:16],
         },
         "runs": {
@@ -48,6 +48,7 @@ def describe_interventions(model: Llama) -> list[dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
         block = {"items": to_json(batch.items, tensors)["interventions"]}
         known = {
+            "row": None if batch.row is None else batch.row[0],
             "label": None if batch.label is None else metric_name(batch.label),
             "langs": None if batch.langs is None else list(batch.langs),
             "n_prompt": None if batch.given_n_prompt is None else list(map(int, batch.given_n_prompt)),
@@ -76,26 +77,6 @@ def digest(*tensors: Tensor | None) -> str:
 def mask_digest(mask: Tensor | None) -> str | None:
     """A mask counts by what it keeps, not by its dtype; one that keeps everything is none."""
     return None if mask is None or bool(mask.bool().all()) else digest(mask.bool())
-
-
-def refuse_row_interventions(model: Llama, experiment: str, by_token: bool = False) -> None:
-    """Raises InterventionError when what is attached tells rows apart, which repeated rows would mix up.
-
-    by_token: also when it tells tokens apart, for experiments that run experts outside a prompt.
-    """
-    for batch in model.batches:
-        reasons = ["n_prompt"] if batch.given_n_prompt is not None else []
-        for item in batch.items:
-            limits = ["langs", *(["positions", "segments", "phase"] if by_token else [])]
-            reasons += [f"{item.kind} limited by {name}" for name in limits if getattr(item.where, name) is not None]
-            lengths = getattr(item, "lengths", ())  # of the rows of a recording
-            if item.kind == "swap_routing" or len(lengths) > (0 if by_token else 1):
-                reasons.append(f"{item.kind}, which differs by {'token' if by_token else 'row'}")
-        if reasons:
-            raise InterventionError(
-                f"{experiment}: expected interventions that act alike on every {'token' if by_token else 'row'}, got "
-                f"{', '.join(dict.fromkeys(reasons))}. Limit them by layers alone, or run the pairs without them."
-            )
 
 
 def check_choices(**choices: Sequence[Any] | None) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from workbench.capture import check_room, pad, routed_layers, suitable_threads
 from workbench.errors import ConfigError
 from workbench.hooks import HookFn, HookPoint
+from workbench.interventions.where import told
 from workbench.models import Llama
 from workbench.stats.load import CONTENT_SEGMENTS
 
@@ -124,7 +125,7 @@ class _Batch:
     @torch.inference_mode()
     def effect(self, model: Llama, edit: Edit) -> tuple[np.ndarray, np.ndarray]:
         hook = _hook(edit, self._mask_of(edit, count_experts(model)), self.expert_ids[edit.layer])
-        with model.hooks([hook]):
+        with told(model, self.ids, self.mask), model.hooks([hook]):
             resid = model(
                 self.resid[edit.layer], self.mask, start_at_layer=edit.layer, stop_at_layer=model.cfg.n_layers
             )

@@ -57,7 +57,7 @@ def logit_lens(
     frame = _without_padding(pl.concat(frames).select(columns).sort("pair", "layer", "pos"), attention_mask)
     return Result(
         _named(frame),
-        {"experiment": "logit_lens", **describe_model(model, weights=False), "targets": wanted.tolist(), "pos": pos},
+        {"experiment": "logit_lens", **describe_model(model), "targets": wanted.tolist(), "pos": pos},
     )
 
 
@@ -99,7 +99,7 @@ def direct_logit_attribution(
         frames += _mlp_parts(model, here, layer, direction, parts)
     ids = [per_row(chosen, tokens).tolist() if chosen is not None else None for chosen in (correct, wrong)]
     settings = {
-        "experiment": "direct_logit_attribution", **describe_model(model, weights=False),
+        "experiment": "direct_logit_attribution", **describe_model(model),
         "correct": ids[0], "wrong": ids[1],
         "pos": pos, "parts": parts, "total": _difference(logits[:, pos], tokens, correct, wrong).tolist(),
     }  # fmt: skip
@@ -142,7 +142,7 @@ def expert_logit_lens(
         frames.append(_grid(values, places, slots=True).with_columns(layer=pl.lit(layer, pl.Int64)))
     order = ["pair", "layer", "pos", "expert", "weight", "top_ids", "top_values", "bottom_ids", "bottom_values"]
     frame = pl.concat(frames).select(order).sort("pair", "layer", "pos", maintain_order=True)
-    settings = {"experiment": "expert_logit_lens", **describe_model(model, weights=False), "pos": pos, "top": top}
+    settings = {"experiment": "expert_logit_lens", **describe_model(model), "pos": pos, "top": top}
     return Result(_named(_without_padding(frame, attention_mask)), settings)
 
 

@@ -16,9 +16,9 @@ from workbench.experiments.identity import (
     describe_model,
     digest,
     mask_digest,
-    refuse_row_interventions,
 )
 from workbench.experiments.metrics import Metric, TokenMetric, score_rows
+from workbench.interventions.where import told
 from workbench.models import Llama
 from workbench.models.cache import Prefix
 from workbench.models.layers import check_mask, check_tokens
@@ -137,10 +137,10 @@ class Runs:
             check_tokens(tokens, model.cfg)
         if isinstance(metric, TokenMetric):
             metric.column(pairs.n_pos)
-        refuse_row_interventions(model, "expert patching" if both else "patching", by_token=both)
         self.model, self.pairs, self.metric, self.direction = model, pairs, metric, direction
         versions = list(zip((pairs.clean, pairs.corrupt), pairs.masks, strict=True))
         source, target = versions if direction == "denoise" else versions[::-1]
+        self.inputs = {"source": source, "target": target}  # tokens and mask of each run
         self.mask = target[1]  # of the run that is patched
         self.source, source_end = self._run(*source, points)
         self.target, target_end = self._run(*target, {"hook_resid_pre", *_KEYS, *(points if both else ())})
@@ -164,6 +164,13 @@ class Runs:
         clean, corrupt = (place.to(self.model.device) for place in places)
         return (clean, corrupt) if self.direction == "denoise" else (corrupt, clean)
 
+    def positions(self, run: str) -> tuple[Tensor, Tensor | None]:
+        """Of "source" or "target": the position of each token [pair pos], counted over tokens, and its mask."""
+        tokens, mask = self.inputs[run]
+        valid = torch.ones_like(tokens) if mask is None else mask
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0).to(self.model.device)
+        return positions, None if mask is None else mask.bool().to(self.model.device)
+
     def start(self, columns: Tensor) -> int:
         """The first column that a pass must compute when nothing before `columns` is patched: earlier ones are causal.
 
@@ -177,7 +184,8 @@ class Runs:
         """Run x [(cell pair) pos d_model], columns `first` and later, from `layer` on; the metric [cell pair]."""
         n_cells, mask = x.shape[0] // self.pairs.n_pairs, self.mask
         prefix = self._prefix(first, n_cells) if first else None
-        end = self.model.run_with_hooks(
+        with told(self.model, *self.inputs["target"]):
+            end = self.model.run_with_hooks(
             x, attention_mask=None if mask is None else mask[:, first:].repeat(n_cells, 1), cache=prefix,
             start_at_layer=layer, stop_at_layer=self.model.cfg.n_layers, fwd_hooks=hooks,
         )  # fmt: skip

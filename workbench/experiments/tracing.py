@@ -21,12 +21,12 @@ from workbench.experiments.identity import (
     describe_model,
     digest,
     mask_digest,
-    refuse_row_interventions,
 )
 from workbench.experiments.metrics import Metric, TokenMetric, score_rows
 from workbench.experiments.result import Result
 from workbench.experiments.sweeps import sweep
 from workbench.hooks import ActivationCache, HookPoint
+from workbench.interventions.where import told
 from workbench.models import Llama
 from workbench.models.layers import check_mask
 from workbench.models.moe import Moe
@@ -101,8 +101,8 @@ class _Trace:
     ) -> None:  # fmt: skip
         _check(model, tokens, mask, subjects, components, experts, noise, n_samples, window)
         check_choices(components=components, experts=experts)
-        refuse_row_interventions(model, "causal tracing")
         self.model, self.metric, self.n_samples, self.window = model, metric, n_samples, window
+        self.inputs = tokens, mask
         self.roles = [
             _roles(tokens.shape[1], span, None if mask is None else mask[i]) for i, span in enumerate(subjects)
         ]
@@ -119,7 +119,7 @@ class _Trace:
         self.clean = self._score(end, 1)
         self._blur = self._noise(tokens.shape, subjects, noise, seed)  # [(sample pair) pos d_model]
         streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.cfg.n_layers)]
-        with model.hooks([("hook_embed", lambda x, hook: x + self._blur)]):
+        with told(model, *self.inputs), model.hooks([("hook_embed", lambda x, hook: x + self._blur)]):
             end, blurred = model.run_with_cache(
                 tokens.repeat(n_samples, 1), attention_mask=self.mask, names_filter=[*streams, *slots],
                 stop_at_layer=model.cfg.n_layers,
@@ -160,9 +160,11 @@ class _Trace:
         return self._run(first, self.streams[first], [(names, put)])
 
     def _run(self, layer: int, x: Tensor, hooks: list[Any]) -> Tensor:
-        end = self.model.run_with_hooks(
-            x, attention_mask=self.mask, start_at_layer=layer, stop_at_layer=self.model.cfg.n_layers, fwd_hooks=hooks
-        )
+        with told(self.model, *self.inputs):
+            end = self.model.run_with_hooks(
+                x, attention_mask=self.mask, start_at_layer=layer, stop_at_layer=self.model.cfg.n_layers,
+                fwd_hooks=hooks,
+            )  # fmt: skip
         return self._score(end, self.n_samples)
 
     def _score(self, end: Tensor, n_samples: int) -> Tensor:  # [(sample pair) pos d_model] -> [pair]

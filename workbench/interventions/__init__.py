@@ -1,6 +1,7 @@
 """Interventions as values: what to change in a running model, where, and in which order; in JSON too.
 
-Every kind becomes edits of hook points (`Intervention.edits`), so what runs is the model's own computation.
+Every kind is edits of hook points (`Intervention.edits`), so that what runs is the model's own computation; what the
+experts' kernels have an argument for they do themselves (`kernel_plan`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from workbench.interventions.base import Intervention
 from workbench.interventions.experts import ForceExperts, KnockOut, Reweight, ScaleExperts, SetExpertOutput
 from workbench.interventions.files import from_json, load_interventions, save_interventions, to_json
 from workbench.interventions.routing import BiasRouter, FreezeRouting, SteerRouter, SwapRouting
-from workbench.interventions.session import Interventions, as_interventions
+from workbench.interventions.session import Interventions, PerRow, as_interventions
 from workbench.interventions.where import Where
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Interventions",
     "KnockOut",
     "PatchActivations",
+    "PerRow",
     "ProjectOut",
     "Reweight",
     "ScaleActivation",

@@ -71,6 +71,12 @@ class AddVector(_AtPoint, kind="add_vector"):
     def _check(self, point: HookPoint, axes: list[str], sizes: Mapping[str, int]) -> None:
         _check_trailing("vector", self.vector, point, axes, sizes)
 
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        change = self.scale * self.vector
+        if leaf == "router_logits":
+            return {"router_bias": change.expand(model.cfg.n_experts)}
+        return _outputs(model, 1.0, change) if leaf == "expert_out" and change.ndim < 2 else {}
+
     def _edit(self, x: Tensor, site: Site) -> Tensor:
         return plus(x, self.scale * self.vector)
 
@@ -113,6 +119,10 @@ class SetActivation(_AtPoint, kind="set_activation"):
         assert isinstance(self.value, Tensor)
         _check_trailing("value", self.value, point, axes, sizes)
 
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        assert isinstance(self.value, Tensor)
+        return _outputs(model, 0.0, self.value) if leaf == "expert_out" and self.value.ndim < 2 else {}
+
     def _edit(self, x: Tensor, site: Site) -> Tensor:
         assert isinstance(self.value, Tensor)
         return self.value.to(x).expand_as(x)
@@ -127,6 +137,10 @@ class ScaleActivation(_AtPoint, kind="scale_activation"):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "factor", as_number("factor", self.factor))
+
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        scales = leaf == "expert_out" and self.where.heads is None
+        return _outputs(model, self.factor, torch.zeros(())) if scales else {}
 
     def _edit(self, x: Tensor, site: Site) -> Tensor:
         return x * self.factor
@@ -178,6 +192,13 @@ class PatchActivations(Intervention, kind="patch_activations"):
                 yield point.name, edit
         if layers and not n_found:
             raise InterventionError(f"{self.kind} layers: expected some with recorded values, got {layers}.")
+
+
+def _outputs(model: Any, scale: float, added: Tensor) -> dict[str, Tensor]:
+    """The same change of what every expert writes; added: one number, or [d_model]."""
+    n_experts, d_model = model.cfg.n_experts, model.cfg.d_model
+    scales = torch.full((n_experts,), scale, dtype=torch.float64)
+    return {"expert_scale": scales, **({"expert_add": added.expand(n_experts, d_model)} if bool(added.any()) else {})}
 
 
 def _patch(name: str, value: Tensor, lengths: tuple[int, ...]) -> Edit:

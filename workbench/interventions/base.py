@@ -19,6 +19,7 @@ class Site(NamedTuple):
 
     batch: Batch
     ids: Tensor | None  # [batch pos k] after every edit of them; None before they are known
+    layer: int | None = None  # None outside the blocks
 
 
 Edit = Callable[[Tensor, Site], Tensor]
@@ -49,6 +50,14 @@ class Intervention:
         """
         raise InterventionError(f"{type(self).__name__}: expected a kind of intervention, got the base of all.")
         yield
+
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        """The edit of this leaf at all tokens as arguments that a layer's kernels have; empty when they have none.
+
+        router_bias [expert], keep_mask bool [expert], forced_ids and forced_weights [k]; expert_scale [expert] and
+        expert_add [expert d_model], at `expert_out` of what an expert writes, at `routing_weights` of its weight.
+        """
+        return {}
 
     def decides(self, model: Any) -> frozenset[str]:
         """The leaves whose tensor this replaces whole, whatever the router or an earlier item put there."""
@@ -118,14 +127,14 @@ def by_expert(experts: Tensor, given: Tensor, ids: Tensor | None, weights: Tenso
 
 def align(recorded: Tensor, lengths: Sequence[int], batch: Batch, what: str) -> tuple[Tensor, Tensor]:
     """A recorded [row position ...] at the running batch's tokens: ([batch pos ...], bool [batch pos] where known)."""
-    n_rows = batch.positions.shape[0]
+    n_rows = batch.positions.shape[0] // batch.copies
     if recorded.shape[0] not in (1, n_rows):
         raise InterventionError(
             f"{what}: expected a recording of 1 or {n_rows} rows, as are running, got {recorded.shape[0]}."
         )
     places, device = batch.positions, batch.positions.device
-    rows = torch.arange(n_rows, device=device)[:, None] if recorded.shape[0] > 1 else torch.zeros_like(places[:1, :1])
-    ends = torch.tensor(list(lengths), device=device)[:, None]
+    rows = torch.arange(places.shape[0], device=device)[:, None] % recorded.shape[0]
+    ends = torch.tensor(list(lengths), device=device)[rows]
     known = places < ends  # [batch pos]
     return recorded.to(device)[rows, places.clamp(max=recorded.shape[1] - 1)], known
 

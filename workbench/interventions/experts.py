@@ -42,6 +42,11 @@ class OnExperts(Intervention, needs_experts=True):
     def _leaves(self) -> Iterator[tuple[str, Edit]]:
         yield from ()
 
+    def _per_expert(self, model: Any, value: float, others: float) -> Tensor:  # float64 [expert]
+        return torch.full((model.cfg.n_experts,), others, dtype=torch.float64).index_fill_(
+            0, torch.tensor(self.experts, dtype=torch.long), value
+        )
+
     def _holds(self, site: Site) -> Tensor:  # bool [batch pos k]
         """The slots that one of these experts takes."""
         assert site.ids is not None
@@ -78,6 +83,12 @@ class KnockOut(OnExperts, kind="knock_out"):
             yield "router_logits", self._mask
         else:
             yield "routing_weights", self._drop
+
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        kept = self._per_expert(model, 0, 1)
+        if self.mode == "drop_renormalise":  # looks at the other weights
+            return {}
+        return {"keep_mask": kept.bool()} if self.mode == "reroute" else {"expert_scale": kept}
 
     def _mask(self, logits: Tensor, site: Site) -> Tensor:  # [batch pos expert]
         return logits.index_fill(-1, torch.tensor(self.experts, device=logits.device), -torch.inf)
@@ -130,6 +141,12 @@ class ForceExperts(OnExperts, kind="force_experts"):
         if self.weights is not None:
             yield "routing_weights", self._weigh
 
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        if self.weights is None:  # experts that run anyway keep their slots, which the router has to say first
+            return {}
+        given = {"expert_ids": torch.tensor(self.experts), "routing_weights": torch.tensor(self.weights)}
+        return {{"expert_ids": "forced_ids", "routing_weights": "forced_weights"}[leaf]: given[leaf]}
+
     def _weigh(self, weights: Tensor, site: Site) -> Tensor:  # [batch pos k]
         given = torch.tensor(self.weights).to(weights).expand_as(weights)
         return by_expert(torch.tensor(self.experts, device=weights.device), given, site.ids, weights)
@@ -163,6 +180,10 @@ class Reweight(OnExperts, kind="reweight"):
     def _leaves(self) -> Iterator[tuple[str, Edit]]:
         yield "routing_weights", self._scale
 
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        looks = self.renormalise and self.factor != 1  # at the other weights
+        return {} if looks else {"expert_scale": self._per_expert(model, self.factor, 1)}
+
     def _scale(self, weights: Tensor, site: Site) -> Tensor:  # [batch pos k]
         held = self._holds(site)
         scaled = torch.where(held, weights * self.factor, weights)
@@ -184,6 +205,9 @@ class ScaleExperts(OnExperts, kind="scale_experts"):
 
     def _leaves(self) -> Iterator[tuple[str, Edit]]:
         yield "expert_out", lambda out, site: torch.where(self._holds(site)[..., None], out * self.factor, out)
+
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        return {"expert_scale": self._per_expert(model, self.factor, 1)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -209,6 +233,11 @@ class SetExpertOutput(OnExperts, kind="set_expert_output"):
 
     def _leaves(self) -> Iterator[tuple[str, Edit]]:
         yield "expert_out", self._set
+
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        held = self._per_expert(model, 1, 0)
+        added = {"expert_add": held[:, None] * self.value.double()} if bool(self.value.any()) else {}
+        return {"expert_scale": torch.ones_like(held) if self.add else 1 - held, **added}
 
     def _set(self, out: Tensor, site: Site) -> Tensor:  # [batch pos k d_model]
         value = plus(out, self.value) if self.add else self.value.to(out)

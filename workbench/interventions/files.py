@@ -30,8 +30,13 @@ def to_json(items: Sequence[Intervention], tensors: dict[str, Tensor] | None = N
 
 
 def from_json(value: Any, tensors: Mapping[str, Tensor] | None = None) -> tuple[Intervention, ...]:
-    """What `to_json` wrote, or what a person did. Raises InterventionError naming the entry that is wrong."""
-    exact = isinstance(value, dict) and value.keys() == {"format", "interventions"}
+    """What `to_json` wrote, or a person did, parsed or as text. Raises InterventionError naming entry and field."""
+    if isinstance(value, str | bytes):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:  # nested deeper than Python reads
+            raise InterventionError(f"interventions: expected JSON, got {error}. Check the text.") from None
+    exact = isinstance(value, Mapping) and value.keys() == {"format", "interventions"}
     known = exact and type(value["format"]) is int and value["format"] == FORMAT  # true equals 1, and is no format
     if not known or not isinstance(value["interventions"], list):
         raise InterventionError(

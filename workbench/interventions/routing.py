@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from workbench.interventions.values import (
 from workbench.interventions.where import Where
 
 STEERING = ("steermoe", "soft", "hard", "relative")
-_DEFAULT_STRENGTH = {"steermoe": 0.01, "soft": 0.5, "hard": 1e-6, "relative": 0.03}
+_BLOCK = 1024  # positions whose tie-breakers are drawn together
+_DEFAULT_STRENGTH = {"steermoe": 0.01, "soft": 0.5, "hard": 1e-3, "relative": 0.03}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,13 +37,17 @@ class SteerRouter(OnExperts, kind="steer_router"):
     masked and count in no max, min or std:
       steermoe  z_e = max z + s, or min z - s (0.01); arXiv 2509.09660, whose log-softmax only shifts all z
       soft      z_e + s · std(z), or minus (0.5); arXiv 2510.04694
-      hard      z_e = max z + s, or min z - s (1e-6): the same paper, with its random tie-breaker made a constant
+      hard      z_e = max z + s · ξ, or min z + s · ξ, ξ drawn from N(0, 1) to break ties (0.001, whose square is the
+                paper's 1e-6, a variance in its notation); the same paper
       relative  z_e + s · |z_e|, or minus (0.03); arXiv 2601.14050, with every share 1
+
+    ξ depends on `seed`, layer, expert and the token's position alone: it is the same in any batch and while decoding.
     """
 
     form: str
     strength: float | None = None
     activate: bool = True
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +56,7 @@ class SteerRouter(OnExperts, kind="steer_router"):
         if self.strength is not None:
             object.__setattr__(self, "strength", as_number("strength", self.strength))
         as_flag("activate", self.activate)
+        as_integers("seed", (self.seed,))
 
     def _check(self, model: Any) -> None:
         if self.activate and len(self.experts) > model.cfg.k:
@@ -67,13 +75,29 @@ class SteerRouter(OnExperts, kind="steer_router"):
         if self.form in ("steermoe", "hard"):
             low = logits.masked_fill(masked, torch.inf).amin(-1, keepdim=True)
             edge = logits.amax(-1, keepdim=True) if self.activate else low
-            steered = (edge + step).expand_as(own)
+            steered = edge + (step if self.form == "steermoe" else strength * self._ties(site).to(own))
+            steered = steered.expand_as(own)
         elif self.form == "soft":
             steered = own + step * _spread(logits, masked)
         else:
             steered = own + step * own.abs()
         steered = torch.where(own == -torch.inf, own, steered)
         return logits.index_copy(-1, torch.tensor(self.experts, device=logits.device), steered)
+
+    def _ties(self, site: Site) -> Tensor:  # [batch pos steered], on the CPU
+        positions = site.batch.positions.cpu()
+        starts = range(0, int(positions.max()) + 1, _BLOCK)
+        drawn = [
+            torch.cat([_draws(self.seed, site.layer, expert, start) for start in starts]) for expert in self.experts
+        ]
+        return torch.stack(drawn, -1)[positions]
+
+
+@lru_cache(maxsize=4096)
+def _draws(seed: int, layer: int | None, expert: int, start: int) -> Tensor:  # [_BLOCK], for the positions from `start`
+    name = hashlib.sha256(f"{seed} {layer} {expert} {start}".encode())
+    generator = torch.Generator().manual_seed(int.from_bytes(name.digest()[:7], "little"))
+    return torch.randn(_BLOCK, generator=generator)
 
 
 def _spread(logits: Tensor, masked: Tensor) -> Tensor:  # [batch pos 1]
@@ -103,6 +127,9 @@ class BiasRouter(Intervention, kind="bias_router", needs_experts=True):
         for layer in layers:
             yield f"blocks.{layer}.mlp.hook_router_logits", lambda z, site: plus(z, self.scale * self.bias)
 
+    def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
+        return {"router_bias": self.scale * self.bias}
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SwapRouting(Intervention, kind="swap_routing", needs_experts=True):
@@ -123,9 +150,10 @@ class SwapRouting(Intervention, kind="swap_routing", needs_experts=True):
             yield f"blocks.{layer}.mlp.hook_router_logits", self._swap
 
     def _swap(self, logits: Tensor, site: Site) -> Tensor:  # [batch pos expert]
-        if logits.shape[0] != len(self.rows):
-            raise InterventionError(f"swap_routing: expected {len(self.rows)} rows, got {logits.shape[0]}.")
-        return logits[list(self.rows)]
+        copies = site.batch.copies
+        if logits.shape[0] != len(self.rows) * copies:
+            raise InterventionError(f"swap_routing: expected {len(self.rows)} rows, got {logits.shape[0] // copies}.")
+        return logits.unflatten(0, (copies, -1))[:, list(self.rows)].flatten(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,24 +1,45 @@
-"""An ordered list of interventions, and how it is attached to a model while it runs."""
+"""What is attached to a model while it runs: one ordered list for all rows of a batch, or one for each row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from workbench.errors import InterventionError
-from workbench.hooks import HookPoint
-from workbench.interventions.base import Edit, Intervention, Site
-from workbench.interventions.order import check_order
-from workbench.interventions.where import Batch, Label, Where
+from workbench.interventions.base import Intervention
+from workbench.interventions.files import from_json, load_interventions
+from workbench.interventions.lowering import attached, check_together
+from workbench.interventions.where import Batch, Label
+
+
+class Attachable:
+    """What `model(..., interventions=)`, `model.generate` and `model.intervene` take besides a plain list."""
+
+    def batches(self) -> list[Batch]:
+        """Who is to be told of the sequences that run, and acts on them; without items nobody."""
+        raise InterventionError(f"interventions: expected Interventions or PerRow, got {type(self).__name__}.")
+
+    def check(self, model: Any) -> None:
+        """Raises InterventionError unless every item fits the model and can act beside those attached already."""
+        check_together(self.batches(), model)
+
+    @contextmanager
+    def attach(self, model: Any) -> Iterator[None]:
+        """Act on every pass inside the block, those of an outer block first; hooks of any kind see the outcome.
+
+        Nothing stays attached: outside the block the model computes what it did before, bit for bit.
+        """
+        batches = self.batches()
+        check_together(batches, model)
+        with attached(model, batches):
+            yield
 
 
 @dataclass(frozen=True, eq=False)
-class Interventions:
+class Interventions(Attachable):
     """Interventions in the order in which they act, and what is known of the sequences they meet.
 
     label: token ids of a sequence -> the segment of each; needed to limit by segment. langs: the language of each row;
@@ -41,81 +62,71 @@ class Interventions:
                 raise InterventionError(f"interventions: expected values such as KnockOut(...), got {item!r}.")
         object.__setattr__(self, "items", tuple(self.items))
 
-    def check(self, model: Any) -> None:
-        """Raises InterventionError unless every item fits the model and can act beside those attached already."""
-        outer = [item for batch in model.batches for item in batch.items]
-        check_order([*outer, *self.items], model)
+    @classmethod
+    def load(cls, path: str | Path, **known: Any) -> Interventions:
+        """Those of a file that `save_interventions` wrote, or a person; `known` are the other fields of this class.
 
-    @contextmanager
-    def attach(self, model: Any) -> Iterator[None]:
-        """Act on every pass inside the block, those of an outer block first; hooks of any kind see the outcome.
-
-        Nothing stays attached: outside the block the model computes what it did before, bit for bit.
+        Raises InterventionError naming the file, the entry and the field that is wrong.
         """
-        if not self.items:
-            yield
-            return
-        self.check(model)
-        batch = Batch(self.label, self.langs, self.n_prompt)
-        batch.items = self.items
-        lowered = _lower(self.items, batch, model)
-        recorders = [_Recorder(point, fns) for point, fns in _needs_ids(lowered, model)]
-        model.batches.append(batch)
+        return cls(load_interventions(path), **known)
+
+    @classmethod
+    def from_json(cls, value: Any, **known: Any) -> Interventions:
+        """Those of a document {"format": 1, "interventions": [...]}, parsed or as text; `known` as in `load`.
+
+        Raises InterventionError naming the entry and the field that is wrong.
+        """
+        return cls(from_json(value), **known)
+
+    def batches(self) -> list[Batch]:
+        return [Batch(self.items, self.label, self.langs, self.n_prompt)] if self.items else []
+
+
+@dataclass(frozen=True, eq=False)
+class PerRow(Attachable):
+    """Each row of a batch with interventions of its own, or none, as if every row ran alone.
+
+    rows: for each row a list of interventions, or an `Interventions`, or None. An item sees its own row and no other,
+    so that a recording has one row and SwapRouting nothing to swap. label, langs, n_prompt: as in `Interventions`, for
+    rows that do not bring their own (whose langs and n_prompt then have one entry). Raises InterventionError when the
+    batch that runs has another number of rows.
+    """
+
+    rows: Sequence[Interventions | Intervention | Sequence[Intervention] | None]
+    label: Label | None = None
+    langs: Sequence[str | None] | None = None
+    n_prompt: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, Sequence) or not self.rows:
+            raise InterventionError(f"PerRow: expected a list with an entry for each row, got {self.rows!r}.")
+        for name, given in (("langs", self.langs), ("n_prompt", self.n_prompt)):
+            if given is not None and len(given) != len(self.rows):
+                raise InterventionError(f"{name}: expected one for each of {len(self.rows)} rows, got {len(given)}.")
+        object.__setattr__(self, "rows", tuple(self._row(number) for number in range(len(self.rows))))
+
+    def batches(self) -> list[Batch]:
+        n_rows = len(self.rows)
+        given = [(number, row) for number, row in enumerate(self.rows) if isinstance(row, Interventions) and row.items]
+        return [Batch(row.items, row.label, row.langs, row.n_prompt, (number, n_rows)) for number, row in given]
+
+    def _row(self, number: int) -> Interventions:
+        given = self.rows[number]
         try:
-            for point, fn in lowered:
-                n_before = sum(isinstance(other, _Lowered) for other in point.fwd_hooks)
-                point.fwd_hooks.insert(n_before, fn)
-            for recorder in recorders:
-                recorder.point.fwd_hooks.append(recorder)
-            yield
-        finally:
-            model.batches.remove(batch)
-            ours = {id(fn) for fn in (*(fn for _, fn in lowered), *recorders)}
-            for point in (*(point for point, _ in lowered), *(recorder.point for recorder in recorders)):
-                point.fwd_hooks[:] = [other for other in point.fwd_hooks if id(other) not in ours]
+            own = as_interventions(() if given is None else given)
+        except InterventionError as error:
+            raise InterventionError(f"row {number}: {error}") from None
+        if not isinstance(own, Interventions):
+            raise InterventionError(f"row {number}: expected a list of interventions, got {type(own).__name__}.")
+        lang = None if self.langs is None else self.langs[number]
+        n_prompt = None if self.n_prompt is None else self.n_prompt[number]
+        return Interventions(
+            own.items,
+            own.label or self.label,
+            own.langs or (None if lang is None else [lang]),
+            own.n_prompt or (None if n_prompt is None else [n_prompt]),
+        )
 
 
-def as_interventions(given: Interventions | Intervention | Sequence[Intervention]) -> Interventions:
-    return given if isinstance(given, Interventions) else Interventions(given)  # type: ignore[arg-type]
-
-
-class _Lowered:
-    """One edit of one hook point, kept to where it applies."""
-
-    def __init__(self, edit: Edit, where: Where, batch: Batch) -> None:
-        self.edit, self.where, self.batch = edit, where, batch
-        self.ids: Tensor | None = None  # [batch pos k] of this layer and pass
-
-    def __call__(self, x: Tensor, hook: HookPoint) -> Tensor | None:
-        mask = self.batch.mask(self.where)
-        new = self.edit(x, Site(self.batch, self.ids))
-        if mask is None:
-            return new.to(x.dtype)
-        return torch.where(mask.view(*mask.shape, *[1] * (x.ndim - 2)), new.to(x.dtype), x)
-
-
-class _Recorder:
-    """Listens last at a layer's expert ids and hands them to the edits that ask which slot holds which expert."""
-
-    def __init__(self, point: HookPoint, readers: Sequence[_Lowered]) -> None:
-        self.point, self.readers = point, readers
-
-    def __call__(self, ids: Tensor, hook: HookPoint) -> None:
-        for reader in self.readers:
-            reader.ids = ids
-
-
-def _lower(items: Sequence[Intervention], batch: Batch, model: Any) -> list[tuple[HookPoint, _Lowered]]:
-    return [
-        (model.hook_dict[name], _Lowered(edit, item.where, batch)) for item in items for name, edit in item.edits(model)
-    ]
-
-
-def _needs_ids(lowered: Sequence[tuple[HookPoint, _Lowered]], model: Any) -> Iterator[tuple[HookPoint, list[_Lowered]]]:
-    """The id points of the layers whose weights or outputs are edited."""
-    readers: dict[HookPoint, list[_Lowered]] = {}
-    for point, fn in lowered:
-        prefix, _, leaf = point.name.rpartition(".hook_")
-        if leaf in ("routing_weights", "expert_out"):
-            readers.setdefault(model.hook_dict[f"{prefix}.hook_expert_ids"], []).append(fn)
-    yield from readers.items()
+def as_interventions(given: Attachable | Intervention | Sequence[Intervention]) -> Attachable:
+    return given if isinstance(given, Attachable) else Interventions(given)  # type: ignore[arg-type]

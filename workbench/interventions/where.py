@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -76,13 +77,25 @@ class _Rows:
 class Batch:
     """The sequences that are running: which token each column of the present pass holds, and what is known of it."""
 
-    def __init__(self, label: Label | None, langs: Sequence[str] | None, n_prompt: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        items: Sequence[Any],
+        label: Label | None = None,
+        langs: Sequence[str] | None = None,
+        n_prompt: Sequence[int] | None = None,
+        row: tuple[int, int] | None = None,
+    ) -> None:
+        self.told: list[list[int]] | None = None  # the sequences that run, where a pass does not say; see `told`
+        self.copies = 1  # of those sequences in the batch that runs, one after another
+        self.items = items  # the interventions that are attached with it
+        self.edits: list[Any] = []  # what they were lowered to
         self.label, self.langs, self.given_n_prompt = label, langs, n_prompt
-        self.items: Sequence[Any] = ()  # the interventions that are attached with it
+        self.row = row  # (number, of how many): of all that run this is told of one row alone; None: of all
         self.positions = self.valid = torch.empty(0)
         self._rows = _Rows(torch.empty(0), [])
         # several caches may take turns in one block, and each continues its own sequences
         self._by_cache: WeakKeyDictionary[Any, _Rows] = WeakKeyDictionary()
+        self._tokens: Tensor | None = None
         self._segments: list[list[str]] | None = None
         self._masks: dict[Where, Tensor | None] = {}
 
@@ -99,15 +112,28 @@ class Batch:
         """
         self._masks.clear()
         self._segments = None
-        self.positions = positions  # [batch pos]
-        self.valid = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else valid
+        self.copies = positions.shape[0] // len(self.told) if self.told else 1
+        if self.row is not None and self.row[1] * self.copies != positions.shape[0]:
+            raise InterventionError(f"PerRow: expected {self.row[1]} rows in the batch, got {positions.shape[0]}.")
+        if self.row is not None and cache is not None:
+            cache = cache.of_row(self.row[0])  # sequences that come and go have caches of their own
+        tokens = None if tokens is None else self.own(tokens)
+        self.positions = self.own(positions)  # [batch pos]
+        self.valid = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else self.own(valid)
         self.all_valid = valid is None
+        if self.told is not None:
+            self._rows = _Rows(self._prompt_lengths(self.positions.shape[0]), self.own(self.told) * self.copies)
+            return
         self._rows = self._rows_of(cache if continues else None)
         if cache is not None:
             self._by_cache[cache] = self._rows
         self._tokens = tokens
         if self.label is not None and tokens is not None:
             self._note(tokens)
+
+    def own(self, of_all: Any) -> Any:
+        """What is this batch's own of a tensor [batch ...] or a list with an entry for each row that runs."""
+        return of_all if self.row is None else of_all[self.row[0] :: self.row[1]]
 
     def _rows_of(self, cache: Any) -> _Rows:
         """What is known of the running sequences. When the block began after their prompt, that is all they held."""
@@ -155,23 +181,26 @@ class Batch:
         return mask
 
     def _prompt_lengths(self, batch: int) -> Tensor:  # int64 [batch]
-        if self.given_n_prompt is None:
+        given = self.given_n_prompt
+        if given is None and self.told is not None:
+            given = [len(ids) for ids in self.own(self.told)]
+        if given is None:
             return self.positions.masked_fill(~self.valid, -1).amax(1) + 1
-        if len(self.given_n_prompt) != batch:
-            raise InterventionError(f"n_prompt: expected one for each of {batch} rows, got {len(self.given_n_prompt)}.")
-        return torch.tensor(list(self.given_n_prompt), device=self.valid.device)
+        if len(given) * self.copies != batch:
+            raise InterventionError(f"n_prompt: expected one for each of {batch} rows, got {len(given)}.")
+        return torch.tensor(list(given) * self.copies, device=self.valid.device)
 
     def _in_langs(self, langs: tuple[str, ...]) -> list[bool]:
-        batch = self.valid.shape[0]
+        batch = self.valid.shape[0] // self.copies
         if self.langs is None or len(self.langs) != batch:
             got = "none" if self.langs is None else str(len(self.langs))
             raise InterventionError(
                 f"langs: expected one for each of {batch} rows, got {got}. Pass Interventions(..., langs=[...])."
             )
-        return [lang in langs for lang in self.langs]
+        return [lang in langs for lang in self.langs] * self.copies
 
     def _in_segments(self, segments: tuple[str, ...]) -> Tensor:  # bool [batch pos]
-        if self.label is None or self._tokens is None:
+        if self.label is None or (self._tokens is None and self.told is None):
             raise InterventionError(
                 "segments: expected token ids and a way to label them, got none. Pass Interventions(..., label=...), "
                 "for instance partial(label_tokens, tokenizer=model.tokenizer), and run from tokens."
@@ -184,10 +213,33 @@ class Batch:
         if self._segments is None:
             self._segments = [self.label(row) for row in self._rows.ids]
         found = torch.zeros_like(self.valid, device="cpu")
+        places = self.positions.cpu()
         for row, (labels, real) in enumerate(zip(self._segments, self.valid.cpu(), strict=True)):
-            n_new = int(real.sum())
-            found[row, real] = torch.tensor([label in segments for label in labels[len(labels) - n_new :]]).bool()
+            found[row, real] = torch.tensor([labels[pos] in segments for pos in places[row, real]]).bool()
         return found.to(self.valid.device)
+
+
+@contextmanager
+def told(model: Any, tokens: Tensor, mask: Tensor | None) -> Iterator[None]:
+    """Inside, every pass is over these sequences [row pos], or over several copies of them, copy after copy.
+
+    For experiments, which start in the middle of a model and repeat rows: a pass from the residual stream does not say
+    whose it is. What interventions know of rows (languages, prompts, recordings, PerRow) they know of each copy's.
+    """
+    kept = [True] * tokens.shape[1]
+    real = [kept] * tokens.shape[0] if mask is None else mask.bool().tolist()
+    sequences = [
+        [token for token, kept in zip(row, rows, strict=True) if kept]
+        for row, rows in zip(tokens.tolist(), real, strict=True)
+    ]
+    before = [(batch, batch.told) for batch in model.batches]
+    for batch in model.batches:
+        batch.told = sequences
+    try:
+        yield
+    finally:
+        for batch, sequences_before in before:
+            batch.told = sequences_before
 
 
 def _one_sided(positions: tuple[int, ...] | None) -> bool:

@@ -128,10 +128,11 @@ def memory(cfg: ModelConfig, n_ctx: int = 4096, cards: tuple[int, ...] = (24, 48
     return pl.DataFrame(rows)
 
 
-def model_bytes(cfg: ModelConfig, bits: int = 16, group: int = GROUP) -> int:
-    """Bytes of all weights with the experts at `bits` and the rest in bfloat16."""
-    expert_bytes = sum(weight_bytes(shape, bits, group) for shape in _expert_shapes(cfg))
-    return expert_bytes + 2 * cfg.n_params - sum(weight_bytes(shape, 16) for shape in _expert_shapes(cfg))
+def model_bytes(cfg: ModelConfig, bits: int = 16, group: int = GROUP, size: int = 2) -> int:
+    """Bytes of all weights with the experts at `bits` and the rest at `size` bytes each, which is bfloat16."""
+    shapes = list(_expert_shapes(cfg))
+    n_expert_params = sum(weight_bytes(shape, 16) for shape in shapes) // 2
+    return sum(weight_bytes(shape, bits, group) for shape in shapes) + size * (cfg.n_params - n_expert_params)
 
 
 def _expert_shapes(cfg: ModelConfig) -> Iterator[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -41,16 +42,19 @@ def build_model(
     """A model of either architecture with unset weights, in evaluation mode; `device="meta"` allocates nothing.
 
     `moe_impl` is resolved here and stays what it is: "auto" becomes "sorted" on CPU and "grouped_mm" for bfloat16 on
-    CUDA. `experts` "int8" or "int4" holds the experts quantised, in any case of "auto" with triton where that runs.
+    CUDA if it takes the experts' widths. `experts` "int8" or "int4" holds the experts quantised, in any case of
+    "auto" with triton where that runs.
     Raises ConfigError for a name that does not exist and for an implementation that cannot run these experts.
     """
     target = torch.device(device)
     if experts not in EXPERT_FORMATS:
         raise ConfigError(f"experts: expected one of {', '.join(EXPERT_FORMATS)}, got {experts!r}.")
     bits = EXPERT_FORMATS[experts] if cfg.is_moe else 16
-    implementation = _implementation if bits == 16 else quantised_implementation
     with torch.device("meta"):  # first without memory: constructors would fill float32 weights only to be overwritten
-        chosen = implementation(moe_impl, target, dtype)  # checked for a dense model too
+        if bits == 16:
+            chosen = plain_implementation(cfg, moe_impl, target, dtype)  # checked for a dense model too
+        else:
+            chosen = quantised_implementation(moe_impl, target, dtype)
         if router_dtype not in ROUTER_DTYPES:
             raise ConfigError(f"router_dtype: expected one of {', '.join(ROUTER_DTYPES)}, got {router_dtype!r}.")
         if isinstance(cfg, Qwen3MoeConfig):
@@ -68,9 +72,22 @@ def build_model(
     return model
 
 
-def _implementation(moe_impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def plain_implementation(cfg: ModelConfig, moe_impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs a model's experts as they are; "auto" is never one that their widths rule out.
+
+    Raises ConfigError for one that cannot run.
+    """
+    weights: list[torch.Tensor] = []
+    if isinstance(cfg, Qwen3MoeConfig):
+        weights = [torch.empty(0, 0, width, dtype=dtype, device="meta") for width in (cfg.d_model, cfg.d_expert)]
+    return _implementation(moe_impl, device, dtype, weights)
+
+
+def _implementation(
+    moe_impl: str, device: torch.device, dtype: torch.dtype, weights: Sequence[torch.Tensor] = ()
+) -> str:
     try:
-        return choose_implementation(moe_impl, device, dtype)
+        return choose_implementation(moe_impl, device, dtype, weights=weights)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from workbench.config import ModelConfig
 from workbench.hooks import HookPoint
-from workbench.models.cache import KVCache
+from workbench.models.cache import CacheRows, KVCache
 from workbench.models.layers import Frame, rms_norm, rotary, substitute, wide
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
@@ -50,15 +50,21 @@ class Attention(nn.Module):
             q = self.hook_q_normed(rms_norm(q, self.q_norm.weight, self.cfg.norm_eps))
             k = self.hook_k_normed(rms_norm(k, self.k_norm.weight, self.cfg.norm_eps))
         q, k = self.hook_rot_q(rotary(q, frame)), self.hook_rot_k(rotary(k, frame))
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        z = self.hook_z(self._attend(q, k, v, frame.mask))  # [batch pos head d_head]
+        z = self.hook_z(self._attend_all(q, k, v, frame.mask, cache))  # [batch pos head d_head]
         out = self.o_proj(z.flatten(2))  # [batch pos d_model]
         if self.hook_result.listened:
             result = self._result(z)
             read = result.sum(2)  # before the hook, which may edit in place
             out = substitute(out, self.hook_result(result).sum(2), read)
         return out
+
+    def _attend_all(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        if cache is None:
+            return self._attend(q, k, v, mask)
+        if not isinstance(cache, CacheRows):
+            return self._attend(q, *cache.extend(self.layer, k, v), mask)
+        rows = zip(q.split(1), *cache.extend_rows(self.layer, k, v), strict=True)  # each as long as its own sequence
+        return torch.cat([self._attend(*row, mask) for row in rows])
 
     def _split(self, x: Tensor) -> Tensor:  # [batch pos (head d_head)] -> [batch pos head d_head]
         return x.unflatten(-1, (-1, self.cfg.d_head))

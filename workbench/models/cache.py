@@ -43,6 +43,10 @@ class KVCache:
         n_new = k.shape[1]
         return self._store(self.keys[layer], k, n_new), self._store(self.values[layer], v, n_new)
 
+    def of_row(self, row: int) -> KVCache | None:
+        """The cache that holds this row's sequence."""
+        return self
+
     def admit(self, batch: int, n_pos: int, valid: Tensor | None) -> None:
         """Make room for `n_pos` positions of `batch` sequences. Raises ShapeError when they do not fit."""
         end = self.n_seen + n_pos
@@ -70,6 +74,50 @@ class KVCache:
                 layers[layer] = held.new_empty(*held.shape[:2], room, held.shape[3])
                 layers[layer].narrow(2, 0, self.n_seen).copy_(held.narrow(2, 0, self.n_seen))
         self.room = room
+
+
+class CacheRows(KVCache):
+    """Sequences of different lengths that decode one position together, each from a cache of its own.
+
+    caches: one of batch 1 for each row; None is a row without a sequence, whose token sees itself alone and leaves
+    nothing behind. Every row attends in an operation of its own length, whatever the others are.
+    """
+
+    def __init__(self, caches: Sequence[KVCache | None]) -> None:
+        self.caches = list(caches)
+        self.batch, self.padded = len(self.caches), False
+        self.n_seen = max((cache.n_seen for cache in self.caches if cache is not None), default=0)
+
+    def of_row(self, row: int) -> KVCache | None:
+        return self.caches[row]
+
+    def positions(self, device: torch.device) -> Tensor:  # int64 [batch 1]
+        return torch.tensor([[0 if cache is None else cache.n_seen] for cache in self.caches], device=device)
+
+    def real(self, device: torch.device) -> Tensor | None:  # bool [batch 1], or None: every row has a sequence
+        if None not in self.caches:
+            return None
+        return torch.tensor([[cache is not None] for cache in self.caches], device=device)
+
+    def admit(self, batch: int, n_pos: int, valid: Tensor | None) -> None:
+        if (batch, n_pos) != (self.batch, 1) or valid is not None:
+            raise ShapeError(
+                f"cache: expected one position of {self.batch} rows without a mask, got {n_pos} of {batch}."
+            )
+        for cache in self.caches:
+            if cache is not None:
+                cache.admit(1, 1, None)
+
+    def extend_rows(self, layer: int, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Append row by row; returns each row's keys and values [1 pos kv_head d_head], earlier ones included."""
+        news = zip(self.caches, k.split(1), v.split(1), strict=True)
+        found = [(k, v) if cache is None else cache.extend(layer, k, v) for cache, k, v in news]
+        return [keys for keys, _ in found], [values for _, values in found]
+
+    def advance(self, n_pos: int) -> None:
+        for cache in self.caches:
+            if cache is not None:
+                cache.advance(n_pos)
 
 
 class Prefix(KVCache):

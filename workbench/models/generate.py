@@ -21,7 +21,8 @@ from workbench.models.stopping import TextWatch, need_tokenizer
 if TYPE_CHECKING:
     import polars as pl
 
-    from workbench.interventions import Intervention, Interventions
+    from workbench.interventions import Intervention
+    from workbench.interventions.session import Attachable
     from workbench.models.cache import KVCache
     from workbench.models.llama import Llama
 
@@ -99,7 +100,7 @@ def generate(
     record: Sequence[str] = (),
     record_to: str | Path | None = None,
     on_text: OnText | None = None,
-    interventions: Interventions | Sequence[Intervention] = (),
+    interventions: Attachable | Sequence[Intervention] = (),
 ) -> Generation:
     """Continue each row until it writes a stop id or a stop string, or `max_new_tokens`.
 
@@ -136,7 +137,7 @@ def generate(
             stack.enter_context(recorder.listening())
         room = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens, growing=cache == "growing")
         passes = _Passes(model, room, recorder)
-        sampler.see(tokens.cpu(), mask.bool().cpu(), model.cfg.d_vocab)
+        sampler.see(tokens.cpu(), mask.bool().cpu(), model.cfg.d_vocab, written=False)
         resid = passes.prefill(tokens, attention_mask, prefill_chunk or tokens.shape[1])
         for step in range(max_new_tokens):
             chosen = rows.take(sampler.choose(passes.logits(resid)))  # [batch]
@@ -184,7 +185,7 @@ def _prompt_lengths(model: Llama, n_prompt: list[int]) -> Iterator[None]:
     """Tell attached interventions where prompts end, which a chunk of a prompt cannot."""
     told = [batch for batch in model.batches if batch.given_n_prompt is None]
     for batch in told:
-        batch.given_n_prompt = n_prompt
+        batch.given_n_prompt = batch.own(n_prompt)
     try:
         yield
     finally:

@@ -13,10 +13,11 @@ from workbench.config import ModelConfig
 from workbench.errors import ConfigError, ShapeError
 from workbench.hooks import HookedModel, HookPoint
 from workbench.interventions.base import Intervention
-from workbench.interventions.session import Interventions, as_interventions
+from workbench.interventions.lowering import InterventionRow, intervention_table
+from workbench.interventions.session import Attachable, as_interventions
 from workbench.interventions.where import Batch
 from workbench.models.attention import ATTENTION_IMPLEMENTATIONS, Attention
-from workbench.models.cache import KVCache, Prefix
+from workbench.models.cache import CacheRows, KVCache, Prefix
 from workbench.models.layers import (
     Frame,
     RMSNorm,
@@ -79,7 +80,7 @@ class Llama(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         cache: KVCache | None = None,
-        interventions: Interventions | Sequence[Intervention] = (),
+        interventions: Attachable | Sequence[Intervention] = (),
     ) -> Tensor:
         """Logits [batch pos d_vocab]; with `stop_at_layer` the residual stream that enters that layer.
 
@@ -135,13 +136,18 @@ class Llama(HookedModel):
         return KVCache(self.cfg, batch, n_ctx, self.dtype, self.device, growing)
 
     @contextmanager
-    def intervene(self, interventions: Interventions | Intervention | Sequence[Intervention]) -> Iterator[Llama]:
+    def intervene(self, interventions: Attachable | Intervention | Sequence[Intervention]) -> Iterator[Llama]:
         """Interventions act on every pass inside the `with` block, generation included; nothing stays attached.
 
-        Pass `Interventions(items, label=..., langs=...)` when they are limited by segment or language.
+        Pass `Interventions(items, label=..., langs=...)` when they are limited by segment or language, `PerRow` when
+        the rows of a batch have interventions of their own.
         """
         with as_interventions(interventions).attach(self):
             yield self
+
+    def intervention_table(self) -> list[InterventionRow]:
+        """What is attached right now, in the order in which it acts, and whether it ran in the kernels or as a hook."""
+        return intervention_table(self)
 
     def generate(self, tokens: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Continue prompts [batch pos], left-padded if padded; see `workbench.models.generate.generate`."""
@@ -184,7 +190,9 @@ class Llama(HookedModel):
             seen = cache.valid[:, : n_past + n_pos] if cache.padded else None
         else:
             seen = valid
-        if seen is None:
+        if isinstance(cache, CacheRows):
+            positions, valid, mask = cache.positions(x.device), cache.real(x.device), None
+        elif seen is None:
             positions = torch.arange(n_past, n_past + n_pos, device=x.device)[None]  # [1 pos]
             # sdpa's own causal mask fits a whole sequence or a single new position, not a chunk after a cache
             plain = n_past == 0 or n_pos == 1

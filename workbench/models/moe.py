@@ -10,6 +10,7 @@ experts and k=8), so that which expert runs may depend on the device; in float32
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,11 @@ from workbench.hooks import HookPoint
 from workbench.models.layers import wide
 from workbench.models.moe_weights import QuantizedWeight, expert_weight
 from workbench_kernels import Intervene, Need, routed_experts
-from workbench_kernels.fallback import count_slots, top_k
+from workbench_kernels.fallback import count_slots, output_tap, router_logits, top_k
 from workbench_kernels.moe.api import NO_GRADIENT, plan_layer, without_gradient
+
+if TYPE_CHECKING:
+    from workbench.interventions.kernel_plan import LayerPlan
 
 ROUTER_DTYPES = ("float32", "model")
 FUSED_POINTS = (
@@ -37,10 +41,12 @@ class Moe(nn.Module):
     def __init__(self, cfg: Qwen3MoeConfig, moe_impl: str, router_dtype: str) -> None:
         super().__init__()
         self.cfg, self.moe_impl, self.router_dtype = cfg, moe_impl, router_dtype
+        self.rows_per_expert: int | None = None  # see workbench.models.blocks
         self.router = Router(cfg)
         # gate rows first; both give way to a QuantizedWeight in a model with int8 or int4 experts
         self.gate_up: Tensor | QuantizedWeight = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
         self.down: Tensor | QuantizedWeight = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
+        self.plan: LayerPlan | None = None  # of the interventions that are attached
         router = "wide" if router_dtype == "float32" else "model"
         self.hook_router_logits = HookPoint("batch pos expert", router)  # before top-k: editing it re-routes
         self.hook_router_probs = HookPoint("batch pos expert", "wide")  # softmax over all experts
@@ -54,23 +60,25 @@ class Moe(nn.Module):
         self.hook_expert_out = HookPoint("batch pos k d_model", cost=slots.format("d_model"))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # [batch pos d_model]
+        change = Intervene() if self.plan is None else self.plan.settle(x.shape[:2])
         if self.moe_impl == "triton":
-            return self._fused(x, valid)
+            return self._fused(x, valid, change)
         logits = self.hook_router_logits(self._logits(x))  # [batch pos expert]
-        probs = self.hook_router_probs(wide(logits).softmax(-1))  # [batch pos expert]
-        ids = self._forced(self._top_k(probs))  # [batch pos k]
-        weights = self.hook_routing_weights(self._weights(probs, ids, logits.dtype))  # [batch pos k]
+        probs = self.hook_router_probs(wide(self._changed(logits, change)).softmax(-1))  # [batch pos expert]
+        ids = self._forced(self._top_k(probs, change))  # [batch pos k]
+        weights = self.hook_routing_weights(self._weights(probs, ids, logits.dtype, change))  # [batch pos k]
         if self.hook_expert_load.listened:
             self.hook_expert_load(expert_load(ids, valid, self.cfg.n_experts))  # [expert]
         out = routed_experts(
             x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1),
             expert_weight(self.gate_up), expert_weight(self.down),
-            impl=self.moe_impl, taps=self._taps(x.shape[:2]),
+            impl=self.moe_impl, taps=self._taps(x.shape[:2], ids.flatten(0, 1), change),
             numerics="trained" if self.router_dtype == "float32" else "hf",
+            rows_per_expert=self.rows_per_expert,
         )  # fmt: skip
         return out.view_as(x)
 
-    def _fused(self, x: Tensor, valid: Tensor | None) -> Tensor:  # [batch pos d_model]
+    def _fused(self, x: Tensor, valid: Tensor | None, change: Intervene) -> Tensor:  # [batch pos d_model]
         """The same steps in Triton kernels: each hook point lies where one ends anyway, and the rest stays fused."""
         from workbench_kernels.moe import stages  # needs triton
 
@@ -78,7 +86,7 @@ class Moe(nn.Module):
         numerics = "trained" if self.router_dtype == "float32" else "hf"
         weights = self.router.weight, expert_weight(self.gate_up), expert_weight(self.down)
         layer = plan_layer(
-            x.flatten(0, 1), *weights, self.cfg.k, self.cfg.norm_topk_prob, Need(), Intervene(), "auto", numerics
+            x.flatten(0, 1), *weights, self.cfg.k, self.cfg.norm_topk_prob, Need(), change, "auto", numerics
         )
         routed = stages.route(layer, taps)
         routed, tiles = stages.order(layer, routed)
@@ -106,14 +114,27 @@ class Moe(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         if self.router_dtype == "model":
             return F.linear(x, self.router.weight)
-        return F.linear(wide(x), wide(self.router.weight))
+        return router_logits(wide(x), wide(self.router.weight))
 
-    def _top_k(self, probs: Tensor) -> Tensor:
+    def _changed(self, logits: Tensor, change: Intervene) -> Tensor:  # [batch pos expert]
+        if change.router_bias is not None:
+            logits = logits + _per_token(change.router_bias, logits).to(logits.dtype)
+        if change.keep_mask is not None:
+            logits = logits.masked_fill(~_per_token(change.keep_mask, logits), -torch.inf)
+        return logits
+
+    def _top_k(self, probs: Tensor, change: Intervene) -> Tensor:
+        if change.forced_ids is not None:
+            return change.forced_ids.view(*probs.shape[:2], -1)
+        keep = None if change.keep_mask is None else _per_token(change.keep_mask, probs).expand_as(probs)
         if self.router_dtype == "model":
-            return probs.topk(self.cfg.k, dim=-1).indices
-        return top_k(probs, probs, self.cfg.k)[0]  # the lowest id first among equals
+            ranked = probs if keep is None else probs.masked_fill(~keep, -1)  # behind what underflows to 0
+            return ranked.topk(self.cfg.k, dim=-1).indices
+        return top_k(probs, probs, self.cfg.k, keep)[0]  # the lowest id first among equals
 
-    def _weights(self, probs: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    def _weights(self, probs: Tensor, ids: Tensor, dtype: torch.dtype, change: Intervene) -> Tensor:
+        if change.forced_weights is not None:
+            return change.forced_weights.view(ids.shape).to(dtype)
         weights = probs.gather(-1, ids)
         if self.cfg.norm_topk_prob:
             total = weights.sum(-1, keepdim=True)
@@ -135,10 +156,16 @@ class Moe(nn.Module):
             )
         return forced
 
-    def _taps(self, batch_pos: torch.Size) -> dict[str, Tap]:
+    def _taps(self, batch_pos: torch.Size, ids: Tensor, change: Intervene) -> dict[str, Any]:
         points = (self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post, self.hook_expert_out)
         names = ("expert_pre", "expert_pre_linear", "expert_post", "expert_out")
-        return {name: Tap(point, batch_pos) for name, point in zip(names, points, strict=True) if point.listened}
+        shown = {name: Tap(point, batch_pos) for name, point in zip(names, points, strict=True) if point.listened}
+        return shown | output_tap(ids, change, shown.get("expert_out"))
+
+
+def _per_token(argument: Tensor, like: Tensor) -> Tensor:
+    """[expert], or [token expert] as [batch pos expert]."""
+    return argument if argument.ndim == 1 else argument.view(like.shape)
 
 
 class Router(nn.Module):

@@ -54,7 +54,7 @@ class Recorder:
 
     def __init__(self, model: Llama, record: Sequence[str], folder: str | Path | None = None) -> None:
         names = _checked(record)
-        self.layers = _routed_layers(model) if ROUTING in names else ()
+        self.layers = _need_routed_layers(model) if ROUTING in names else ()
         self.n_experts = model.cfg.n_experts if self.layers else 0  # type: ignore[union-attr]
         self.points = [point for name in names if name != ROUTING for point in _points(model, name)]
         self._sink = _Files(Path(folder)) if folder is not None else _Memory()
@@ -226,8 +226,13 @@ def _points(model: Llama, name: str) -> list[HookPoint]:
     return points
 
 
-def _routed_layers(model: Llama) -> tuple[int, ...]:
-    layers = tuple(layer for layer, sparse in enumerate(getattr(model.cfg, "sparse_layers", ())) if sparse)
+def routed_layers(model: Llama) -> tuple[int, ...]:
+    """The layers with experts; none in a dense model."""
+    return tuple(layer for layer, sparse in enumerate(getattr(model.cfg, "sparse_layers", ())) if sparse)
+
+
+def _need_routed_layers(model: Llama) -> tuple[int, ...]:
+    layers = routed_layers(model)
     if not layers:
         raise ConfigError(
             "record: expected a model with experts for 'routing', got one without. Record activations by name instead."

@@ -19,7 +19,9 @@ class Sampling:
     """How a token is chosen from logits, in the order in which it happens.
 
     repetition_penalty: logits of ids that a row already holds are divided by it where positive and multiplied where
-    negative (1909.05858); 1 is off. temperature: 0 takes the most probable token, and what follows has no effect. top_k
+    negative (1909.05858); 1 is off. frequency_penalty, presence_penalty: taken off the logit of an id that the row
+    wrote itself, once for each time and once in all; 0 is off. logit_bias: (id, what is added to its logit), in
+    effect last. temperature: 0 takes the most probable token, and what follows has no effect. top_k
     keeps the k largest logits, 0 all; ties with the k-th stay. top_p keeps the most probable tokens until they hold
     that much probability (1904.09751), 1 all. seed: one number for all rows, each of which gets a stream of its own
     (`row_seeds`), or one for each row; a row draws the same numbers whatever shares its batch, on every device.
@@ -31,6 +33,9 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | Sequence[int] | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check_number(
@@ -43,6 +48,12 @@ class Sampling:
             0 < _number(self.repetition_penalty) < math.inf,
             "a positive number",
         )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _check_number(name, value, math.isfinite(_number(value)), "a finite number")
+        for token_id, bias in self.logit_bias:
+            fits = type(token_id) is int and token_id >= 0 and math.isfinite(_number(bias))
+            _check_number("logit_bias", (token_id, bias), fits, "ids with finite numbers")
         if type(self.top_k) is not int or self.top_k < 0:
             raise ShapeError(f"top_k: expected a whole number from 0, got {self.top_k!r}.")
 
@@ -55,23 +66,34 @@ class Sampler:
     batch: int
     _streams: list[random.Random] = field(init=False)
     _seen: Tensor | None = None  # bool [batch d_vocab]
+    _counts: Tensor | None = None  # float32 [batch d_vocab], how often each id was written
 
     def __post_init__(self) -> None:
         self._streams = [random.Random(seed) for seed in _seeds(self.sampling.seed, self.batch)]
 
-    def see(self, tokens: Tensor, valid: Tensor, d_vocab: int) -> None:
-        """Count ids [batch pos] as written where `valid` [batch pos]; only a repetition penalty asks for them."""
-        if self.sampling.repetition_penalty == 1:
-            return
-        if self._seen is None:
-            self._seen = torch.zeros(self.batch, d_vocab, dtype=torch.bool)
+    def see(self, tokens: Tensor, valid: Tensor, d_vocab: int, written: bool = True) -> None:
+        """Count ids [batch pos] where `valid` [batch pos], a prompt's with `written=False`; only penalties ask."""
         rows = torch.arange(self.batch)[:, None].expand(tokens.shape)
-        self._seen[rows[valid], tokens[valid].long()] = True
+        places = rows[valid], tokens[valid].long()
+        if self.sampling.repetition_penalty != 1:
+            if self._seen is None:
+                self._seen = torch.zeros(self.batch, d_vocab, dtype=torch.bool)
+            self._seen[places] = True
+        if written and (self.sampling.frequency_penalty or self.sampling.presence_penalty):
+            if self._counts is None:
+                self._counts = torch.zeros(self.batch, d_vocab)
+            self._counts.index_put_(places, torch.ones(len(places[0])), accumulate=True)
 
     def choose(self, logits: Tensor) -> Tensor:  # float32 [batch d_vocab] on the CPU -> int64 [batch]
         if self._seen is not None:
             penalty = self.sampling.repetition_penalty
             logits = torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if self._counts is not None:
+            once = self.sampling.presence_penalty * (self._counts > 0)
+            logits = logits - self.sampling.frequency_penalty * self._counts - once
+        if self.sampling.logit_bias:
+            ids, biases = zip(*self.sampling.logit_bias, strict=True)
+            logits = logits.index_add(-1, torch.tensor(ids), torch.tensor(biases).expand(len(logits), -1))
         if self.sampling.temperature == 0:
             return logits.argmax(-1)
         draws = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)  # [batch], in [0, 1)

@@ -17,8 +17,8 @@ function mount(place, payload, tell = () => {}) {
 
 class Explorer {
   constructor(place, payload, tell) {
-    Object.assign(this, { place, payload, tell, docs: readDocs(payload), expert: null, layer: -1, playing: null });
-    this.quantity = payload.quantities.length ? "0" : "segment";
+    Object.assign(this, { place, payload, tell, docs: readDocs(payload), playing: null });
+    this.colours = new Colours(payload, this.docs);
     place.classList.add("wbx");
     place.replaceChildren();
     this.stage = element("div", { className: "wbx-stage" });
@@ -30,8 +30,8 @@ class Explorer {
     place.append(bar, this.legend, this.stage, this.status, this.card);
     this.bar = new Bar(bar, payload, this.docs, {
       show: (shown) => this.show(shown),
-      quantity: (name) => { this.quantity = name; this.refresh(); },
-      layer: (layer) => { this.layer = layer; this.refresh(); },
+      quantity: (name) => { this.colours.quantity = name; this.refresh(); },
+      layer: (layer) => { this.colours.layer = layer; this.refresh(); },
       step: (token) => { this.stop(); this.step(token); },
       move: (by) => { this.stop(); this.step(this.active.text.current + by); },
       written: () => { this.stop(); this.step(Math.max(0, this.active.doc.phases.indexOf("decode"))); },
@@ -108,7 +108,7 @@ class Explorer {
 
   drawMap(pane) {
     const { doc, token } = pane;
-    pane.map.draw(token === null ? loadLevels(doc) : tokenLevels(doc, token), this.layer, this.expert);
+    pane.map.draw(token === null ? loadLevels(doc) : tokenLevels(doc, token), this.colours.layer, this.expert);
     pane.title.textContent = token === null
       ? "load over the whole text; full shade: the busiest expert. Layers down, experts across"
       : `${this.describeToken(doc, token)}: shade is the routing weight. Layers down, experts across`;
@@ -122,12 +122,10 @@ class Explorer {
 
   // ---- experts
 
+  get expert() { return this.colours.expert; } // [place of the layer, expert] that is chosen, or null
+
   choose(layer, expert) { // light the tokens that an expert took; again: let go
-    const again = this.expert && this.expert[0] === layer && this.expert[1] === expert;
-    this.expert = again ? null : [layer, expert];
-    if (!again) this.before ??= this.quantity;
-    this.quantity = again ? (this.before ?? this.quantity) : "expert";
-    if (again) this.before = null;
+    this.colours.choose(layer, expert);
     this.refresh();
     this.report();
   }
@@ -141,66 +139,19 @@ class Explorer {
 
   // ---- colours
 
-  valuesOf(pane) {
-    const { doc } = pane;
-    if (this.quantity === "expert") return this.expert && expertWeights(doc, ...this.expert);
-    if (this.quantity === "pair") {
-      const other = this.pairPlace(pane);
-      return other === null ? null : divergenceValues(doc, this.docs[other], this.layer);
-    }
-    return this.quantity === "segment" ? null : quantityValues(doc, this.payload.quantities, Number(this.quantity), this.layer);
-  }
-
-  pairPlace(pane) {
-    if (this.shown.length < 2) return pairOf(this.docs, pane.place);
-    return this.shown[0] === pane.place ? this.shown[1] : this.shown[0];
-  }
-
   recolour() {
-    const lists = this.panes.map((pane) => this.valuesOf(pane)), found = lists.filter(Boolean);
-    const range = this.quantity === "expert" ? [0, this.payload.weight_scale] : found.length ? colourRange(found) : null;
-    this.panes.forEach((pane, i) => { pane.values = lists[i]; pane.text.colour(lists[i], range, this.floor()); });
-    this.place.classList.toggle("wbx-by-segment", this.quantity === "segment");
-    this.bar.quantity.value = this.quantity;
-    this.bar.layer.disabled = ["expert", "segment"].includes(this.quantity);
-    this.explain(range);
-  }
-
-  floor() { return this.quantity === "expert" ? FLOOR : 0; } // a token that an expert took at a small weight is seen too
-
-  explain(range) {
-    const { title, unit } = this.meaning();
-    this.legend.replaceChildren(title);
-    const ramp = element("span", { className: "wbx-ramp" });
-    ramp.style.setProperty("--v", `${100 * this.floor()}%`);
-    if (range) this.legend.append(` ${number(range[0])} `, ramp, ` ${number(range[1])} ${unit}`);
-    if (this.quantity === "expert" && this.expert) {
-      const taken = this.panes.map(({ doc, values }) => `${values.reduce((n, v) => n + !Number.isNaN(v), 0)} of ${doc.nTokens}`);
-      this.legend.append(`; it took ${taken.join(" and ")} tokens`);
-    }
-  }
-
-  meaning() {
-    const where = this.layer < 0 ? "mean over layers" : `layer ${this.payload.layers[this.layer]}`;
-    if (this.quantity === "segment") return { title: "colour: part of the conversation", unit: "" };
-    if (this.quantity === "pair") {
-      const other = this.pairPlace(this.panes[0]);
-      if (other === null) return { title: "no document to compare with", unit: "" };
-      const with_ = this.shown.length > 1 ? "the other document" : this.docs[other].label;
-      return { title: `divergence from the same segment of ${with_} (${where}, 2nd to 98th percentile)`, unit: "bits" };
-    }
-    if (this.quantity !== "expert") {
-      const { label, unit } = this.payload.quantities[Number(this.quantity)];
-      return { title: `${label} (${where}, 2nd to 98th percentile)`, unit };
-    }
-    if (!this.expert) return { title: "click an expert on the map to see the tokens it took", unit: "" };
-    return { title: `weight of layer ${this.payload.layers[this.expert[0]]} expert ${this.expert[1]}`, unit: "" };
+    const lists = this.panes.map((pane) => this.colours.values(pane.place, this.shown)), range = this.colours.range(lists);
+    this.panes.forEach((pane, i) => { pane.values = lists[i]; pane.text.colour(lists[i], range, this.colours.floor); });
+    this.place.classList.toggle("wbx-by-segment", this.colours.quantity === "segment");
+    this.bar.quantity.value = this.colours.quantity;
+    this.bar.layer.disabled = ["expert", "segment"].includes(this.colours.quantity);
+    this.colours.explain(this.legend, range, this.shown, lists);
   }
 
   // ---- words
 
   describeToken(doc, token) {
-    const value = this.panes.find((pane) => pane.doc === doc)?.values?.[token], { unit } = this.meaning();
+    const value = this.panes.find((pane) => pane.doc === doc)?.values?.[token], { unit } = this.colours.meaning(this.shown);
     const measured = value === undefined || Number.isNaN(value) ? "" : `, ${number(value)}${unit ? ` ${unit}` : ""}`;
     const text = doc.tokens[token] || "(byte)";
     return `“${text}” at ${doc.pos[token]} (id ${doc.token_ids[token]}, ${doc.segments[token]}, ${doc.phases[token]}${measured})`;
@@ -285,6 +236,7 @@ class Explorer {
     theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class"] });
     width.observe(this.stage);
     window.addEventListener("hashchange", hash);
+    this.place.addEventListener("workbench-explorer-choose", (event) => this.select(event.detail));
     this.place.addEventListener("keydown", (event) => { if (event.key === "Escape") this.letGo(); });
     this.destroy = () => {
       this.stop();

@@ -32,7 +32,7 @@ from workbench.plots.explorer_data import (
 )
 
 _HERE = Path(__file__).parent
-_SCRIPTS = ("explorer_data.js", "explorer_map.js", "explorer_text.js", "explorer_bar.js", "explorer.js")
+_SCRIPTS = tuple(f"explorer{part}.js" for part in ("_data", "_map", "_text", "_bar", "_colours", ""))
 Frame = pl.DataFrame | pl.LazyFrame
 
 

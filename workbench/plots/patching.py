@@ -55,7 +55,7 @@ def _panel(part: pl.DataFrame, across: str, layers: Sequence[int], columns: Sequ
         z=values[0],
         x=[str(column) for column in columns],
         y=list(layers),
-        customdata=np.stack(values[1:], axis=-1),
+        customdata=np.moveaxis(values[1:], 0, -1),
         coloraxis="coloraxis",
         xgap=1,
         ygap=1,

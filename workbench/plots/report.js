@@ -6,3 +6,21 @@ for (const place of document.querySelectorAll("[data-figure]")) {
   const { data, layout } = JSON.parse(source.textContent);
   Plotly.newPlot(place, data, layout, { ...config, toImageButtonOptions: { filename: place.dataset.figure, format: "svg" } });
 }
+
+// From a card to the tokens of its expert ...
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("a[data-expert]"), explorer = document.querySelector("[data-workbench-explorer]");
+  if (!link || !explorer) return;
+  const detail = { layer: Number(link.dataset.layer), expert: Number(link.dataset.expert) };
+  explorer.dispatchEvent(new CustomEvent("workbench-explorer-choose", { detail }));
+});
+
+// ... and back: a link to a card unfolds its layer.
+function unfold() {
+  const card = location.hash.startsWith("#expert-") ? document.getElementById(location.hash.slice(1)) : null;
+  if (!card) return;
+  card.closest("details").open = true;
+  card.scrollIntoView();
+}
+window.addEventListener("hashchange", unfold);
+unfold();

@@ -15,25 +15,9 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from workbench.plots.explorer import Explorer, explorer_script
+
 _HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class ShownToken:
-    """One token of an example: readable text, its segment (which colours it) and a hint shown on hover."""
-
-    text: str
-    segment: str
-    hint: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation to show; `opened` tells whether it is unfolded at first."""
-
-    title: str
-    tokens: Sequence[ShownToken]
-    opened: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,7 +42,7 @@ class Card:
 def render_report(
     figures: Mapping[str, go.Figure],
     facts: Mapping[str, Any],
-    examples: Sequence[Example],
+    explorer: Explorer | None,
     settings: Sequence[tuple[str, str]],
     cards: Sequence[Card] = (),
 ) -> str:
@@ -67,12 +51,21 @@ def render_report(
     Args:
         figures: by the name under which report.html.j2 places them; one that is absent leaves its section out.
         facts: the numbers that the template's sentences mention.
+        explorer: some of the conversations, token by token; None leaves the section out.
         settings: rows (name, value) of the settings table.
         cards: the atlas of experts, in order of layer and expert.
 
     Everything is escaped: prompts and answers may hold any markup. A content security policy lets only the page's own
-    two scripts run and forbids every request.
+    scripts run and forbids every request.
     """
+    values = {"facts": facts, "settings": settings, "cards": cards}
+    return render_page("report.html.j2", figures, values, explorer)
+
+
+def render_page(
+    template: str, figures: Mapping[str, go.Figure], values: Mapping[str, Any], explorer: Explorer | None = None
+) -> str:
+    """A template of this folder with its figures and `values`, and with the style and scripts that it needs."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -80,17 +73,15 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    scripts = (_plotly_js(), _read("report.js"))
-    return environment.get_template("report.html.j2").render(
+    scripts = [_plotly_js(), _read("report.js"), *([explorer_script()] if explorer else [])]
+    return environment.get_template(template).render(
         figures={name: Markup(figure.to_json()) for name, figure in figures.items()},  # plotly escapes <, > and /
         heights={name: figure.layout.height for name, figure in figures.items()},
-        facts=facts,
-        examples=examples,
-        settings=settings,
-        cards=cards,
+        explorer=Markup(explorer.fragment()) if explorer else "",
         style=Markup(_read("report.css")),
         scripts=[Markup(script) for script in scripts],
         script_hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+        **values,
     )
 
 

@@ -1,60 +1,62 @@
-"""One prompt group to look at: its conversations token by token."""
+"""Which conversations the report shows token by token."""
 
 from __future__ import annotations
 
 import polars as pl
 
-from workbench.plots.report import Example, ShownToken
-from workbench.plots.theme import NAMES, ordered
+from workbench.io.runs import Run
+from workbench.plots.explorer import Explorer, explore
+from workbench.plots.explorer_data import order_docs
+
+N_GROUPS = 3
+MAX_BYTES = 1_500_000  # that the explorer may add to the page, about
 
 
-def choose_examples(tokens: pl.DataFrame, routing: pl.LazyFrame) -> list[Example]:
-    """The conversations of the group whose longest one is of median length; medium effort unfolded."""
-    lengths = tokens.group_by("group_id").agg(pl.col("pos").max()).sort("pos", "group_id")
-    group = lengths["group_id"][len(lengths) // 2]
-    chosen = tokens.filter(pl.col("group_id") == group)
-    heads = chosen.select("doc_id", "lang", "effort").unique()
-    docs = [doc for lang in ordered(heads["lang"]) for doc in _by_effort(heads.filter(pl.col("lang") == lang))]
-    experts = _experts_by_token(docs, routing)
-    shown = chosen.join(experts, on=["doc_id", "pos"], how="left", maintain_order="left")
-    opened = "medium" if "medium" in chosen["effort"].to_list() else chosen["effort"][0]
-    return [_example(shown.filter(pl.col("doc_id") == doc), opened) for doc in docs]
+def choose_explorer(run: Run, tokens: pl.DataFrame) -> Explorer | None:
+    """An explorer over a few prompt groups, two texts beside each other; None where no conversation is short enough."""
+    max_tokens = MAX_BYTES // _token_bytes(run)
+    docs = choose_documents(tokens, max_tokens)
+    if not docs:
+        return None
+    return explore(tokens, run.routing, docs=docs, n_experts=run.n_experts, compare=True, max_tokens=max_tokens)
 
 
-def _by_effort(heads: pl.DataFrame) -> list[str]:
-    return [
-        doc
-        for effort in ordered(heads["effort"])
-        for doc in heads.filter(pl.col("effort").eq_missing(effort))["doc_id"]
-    ]
+def choose_documents(tokens: pl.DataFrame, max_tokens: int) -> list[str]:
+    """Whole prompt groups of about median length, each of another topic, those in both languages first.
+
+    Within a group the middle effort comes first, Japanese before English, so that the first two documents are the two
+    languages of one prompt. Where no whole group fits into `max_tokens`: the documents of the shortest that do.
+    """
+    groups = tokens.group_by("group_id").agg(pl.col("topic").first(), n=pl.len(), n_langs=pl.col("lang").n_unique())
+    from_median = (pl.col("n").cast(pl.Int64) - pl.col("n").median()).abs()
+    ranked = groups.sort(-pl.col("n_langs").cast(pl.Int64), from_median, "group_id")
+    chosen = _whole(ranked.unique("topic", keep="first", maintain_order=True), tokens, max_tokens)
+    chosen = chosen or _whole(ranked.sort("n", maintain_order=True), tokens, max_tokens)
+    return chosen or _first(tokens.filter(pl.col("group_id") == ranked.sort("n")["group_id"][0]), max_tokens)
 
 
-def _experts_by_token(docs: list[str], routing: pl.LazyFrame) -> pl.DataFrame:
-    """Columns doc_id, pos, experts: one line of text per layer."""
-    ids = pl.col("expert_ids").cast(pl.List(pl.String)).list.join(", ")
-    return (
-        routing.filter(pl.col("doc_id").is_in(docs))
-        .with_columns(line=pl.format("layer {}: {}", "layer", ids))
-        .group_by("doc_id", "pos")
-        .agg(experts=pl.col("line").sort_by("layer").str.join("\n"))
-        .collect()
-    )
+def _whole(groups: pl.DataFrame, tokens: pl.DataFrame, max_tokens: int) -> list[str]:
+    chosen: list[str] = []
+    left = N_GROUPS
+    for group, n in groups.select("group_id", "n").iter_rows():
+        if n <= max_tokens and left:
+            chosen += order_docs(tokens.filter(pl.col("group_id") == group))
+            max_tokens, left = max_tokens - n, left - 1
+    return chosen
 
 
-def _example(tokens: pl.DataFrame, opened: str | None) -> Example:
-    first = tokens.row(0, named=True)
-    title = NAMES.get(first["lang"], first["lang"]) + (f", {first['effort']} effort" if first["effort"] else "")
-    shown = [
-        ShownToken(
-            _visible(row["token"], row["segment"]),
-            row["segment"],
-            f"{row['token']!r} (id {row['token_id']}, {row['segment']}, {row['phase']})\n{row['experts']}",
-        )
-        for row in tokens.iter_rows(named=True)
-    ]
-    return Example(f"{title} ({first['topic']})", shown, opened=first["effort"] == opened)
+def _first(group: pl.DataFrame, max_tokens: int) -> list[str]:
+    sizes = dict(group.group_by("doc_id").len().iter_rows())
+    chosen = []
+    for doc in order_docs(group):
+        if sizes[doc] <= max_tokens:
+            chosen.append(doc)
+            max_tokens -= sizes[doc]
+    return chosen
 
 
-def _visible(text: str, segment: str) -> str:
-    """Line breaks as a sign; kept as breaks too, except in the long system message."""
-    return text.replace("\n", "↵" if segment == "system" else "↵\n")
+def _token_bytes(run: Run) -> int:
+    """Of one token in an explorer: ids, weights and two quantities of every layer in base64, text, tooltip."""
+    n_layers, k = run.manifest["counts"]["n_routed_layers"], run.manifest["model"]["k"]
+    packed = n_layers * (k * (1 if run.n_experts <= 256 else 2) + k + 4)
+    return packed * 4 // 3 + 4 * n_layers + 150

@@ -25,7 +25,7 @@ from workbench.stats.load import CONTENT_SEGMENTS, TEMPLATE_SEGMENTS, expert_loa
 from workbench.stats.summaries import layer_means, segment_lengths
 from workbench.study.atlas import MAX_CARDS, atlas_cards, atlas_frames
 from workbench.study.compare import comparison_facts, read_comparison
-from workbench.study.examples import choose_examples
+from workbench.study.examples import choose_explorer
 from workbench.study.experts import read_experts
 from workbench.study.findings import counted, findings
 from workbench.study.languages import language_facts, language_frames, methods
@@ -49,7 +49,7 @@ def write_report(run: Run | str | Path, seed: int | None = None) -> Path:
     page = render_report(
         draw(frames),
         _facts(run, tokens, frames),
-        choose_examples(tokens, run.routing),
+        choose_explorer(run, tokens),
         _settings_table(run.manifest),
         atlas_cards(frames, run.n_experts),
     )

@@ -24,6 +24,8 @@ from workbench.study.describe import describe_model, describe_prompts, describe_
 from workbench.study.plan import Document, Settings, plan_documents
 from workbench.study.progress import Stopwatch, show_progress
 
+Ran = dict[str, list[dict[str, object]]]  # by part of a batch: how each intervention ran, as in `intervention_table`
+
 
 def run_study(
     model: Llama,
@@ -53,11 +55,11 @@ def run_study(
         "model": describe_model(model, tokenizer),
         "prompts": describe_prompts(prompts, documents),
     }
-    watch = Stopwatch()
+    watch, ran = Stopwatch(), Ran()
     with suitable_threads(model), RunWriter.open(out, identity, describe_sitting(model), len(batches)) as writer:
         for part in show_progress(writer.missing(), len(batches), progress):
-            writer.write(part, *measure(model, tokenizer, batches[part], settings, watch))
-        return writer.finish(watch.report())
+            writer.write(part, *measure(model, tokenizer, batches[part], settings, watch, ran))
+        return writer.finish({**watch.report(), **({"interventions": ran} if ran else {})})
 
 
 def _check_lengths(model: Llama, documents: Sequence[Document], max_new_tokens: int) -> None:
@@ -71,7 +73,7 @@ def _check_lengths(model: Llama, documents: Sequence[Document], max_new_tokens: 
 
 
 def measure(
-    model: Llama, tokenizer: Tokenizer, batch: Sequence[Document], settings: Settings, watch: Stopwatch
+    model: Llama, tokenizer: Tokenizer, batch: Sequence[Document], settings: Settings, watch: Stopwatch, ran: Ran
 ) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray, Labels, np.ndarray | None]:
     """One batch: (tokens, routing, expert load [lang segment layer expert], its labels, router logits if asked for)."""
     interventions = Interventions(
@@ -82,9 +84,11 @@ def measure(
     )
     with watch("generation"), model.intervene(interventions):
         answers = write_answers(model, [document.ids for document in batch], settings.max_new_tokens)
+        _note(ran, "generation", model)
     with watch("capture"), model.intervene(interventions):
         sequences = [[*doc.ids, *answer] for doc, answer in zip(batch, answers, strict=True)]
         routing = capture_routing(model, sequences, settings.router_logits, settings.norms)
+        _note(ran, "capture", model)
     with watch("frames"):
         tokens = pl.concat([token_frame(doc, answer, tokenizer) for doc, answer in zip(batch, answers, strict=True)])
         labels: Labels = {"lang": list(LANGS), "segment": list(SEGMENTS), "layer": list(routing.layers)}
@@ -94,6 +98,11 @@ def measure(
         load = routing.load(cells, (len(LANGS), len(SEGMENTS)))
         frame = routing.frame(tokens["doc_id"].to_list(), tokens["pos"].to_list())
         return tokens, frame, load, labels, routing.router_logits
+
+
+def _note(ran: Ran, part: str, model: Llama) -> None:
+    if table := model.intervention_table():
+        ran[part] = [row._asdict() for row in table]
 
 
 def token_frame(document: Document, answer: Sequence[int], tokenizer: Tokenizer) -> pl.DataFrame:

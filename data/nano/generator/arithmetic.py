@@ -1,4 +1,4 @@
-"""Sums and differences of numbers below 100, with the steps of written calculation."""
+"""Sums and differences of numbers below 50, with the steps of written calculation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from random import Random
 
 from generator.parallel import LANGUAGES, Problem, pair_held_out
 
-LIMIT = 100  # every number in a problem, the result included, is below this
+LIMIT = 50  # every number in a problem, the result included, is below this
 
 
 def digits(n: int) -> tuple[int, int]:
@@ -109,7 +109,7 @@ def subtraction(a: int, b: int) -> Problem:
 
 
 def draw_addends(rng: Random) -> tuple[int, int]:
-    """Two numbers whose sum is below 100, every such pair equally likely."""
+    """Two numbers whose sum is below LIMIT, every such pair equally likely."""
     total = max(rng.randrange(LIMIT), rng.randrange(LIMIT))
     a = rng.randint(0, total)
     return a, total - a

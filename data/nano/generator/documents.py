@@ -45,7 +45,7 @@ REASONING: tuple[Draw, ...] = (
 def draw_problem(rng: Random, held_out: bool) -> Problem:
     """Any problem: sums and facts most often.  Facts have no held-out side, so they only come with `held_out` False."""
     roll = rng.random()
-    if roll < 0.4:
+    if roll < 0.48:
         return draw(rng.choice((arithmetic.draw_addition, arithmetic.draw_subtraction)), rng, held_out)
     if roll < 0.75 or held_out:
         return draw(rng.choice(REASONING), rng, held_out)

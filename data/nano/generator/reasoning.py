@@ -101,7 +101,8 @@ def draw_sorting(rng: Random) -> Problem:
 
 def draw_sequence(rng: Random) -> Problem:
     """The fourth term of an arithmetic sequence."""
-    step, start = rng.choice((1, 2, 3, 4, 5, 10)), rng.randint(0, 60)
+    step = rng.choice((1, 2, 3, 4, 5, 10))
+    start = rng.randrange(LIMIT - 3 * step)
     a, b, c, d = (start + step * i for i in range(4))
     return Problem(
         task="sequence",

@@ -37,7 +37,7 @@ SAFE: dict[str, Blocks] = {
         "bm": 64,
         "router": _ROUTER | {"bt": 32, "splits": 1},
         "gate_up": {"bn": 64, "bk": 32, "warps": 8, "stages": 2, "group": 8, "tma": False},
-        "down": {"bn": 64, "bk": 32, "warps": 8, "stages": 2, "group": 8, "tma": False},
+        "down": {"bn": 32, "bk": 32, "warps": 4, "stages": 2, "group": 8, "tma": False},
         "combine": {"bd": 512, "warps": 4},
     },
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workbench_kernels.moe.gemm import swiglu
+from workbench_kernels.moe.epilogue import swiglu, weighted
 
 
 @triton.jit
@@ -19,10 +19,8 @@ def combine_kernel(y, weights, mixed, D, K: tl.constexpr, BD: tl.constexpr, ROUN
     total = tl.zeros((BD,), tl.float32)
     for j in tl.static_range(K):
         slot = token * K + j
-        product = tl.load(y + slot * D + col, mask=mask, other=0.0).to(tl.float32) * tl.load(weights + slot)
-        if ROUND:
-            product = product.to(dtype).to(tl.float32)
-        total += product
+        out = tl.load(y + slot * D + col, mask=mask, other=0.0)
+        total += weighted(out, tl.load(weights + slot), dtype, ROUND)
     tl.store(mixed + token * D + col, total.to(dtype), mask=mask)
 
 

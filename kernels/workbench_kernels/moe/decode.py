@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workbench_kernels.moe.gemm import changed, swiglu
+from workbench_kernels.moe.epilogue import changed, selected, show, swiglu, weighted
+from workbench_kernels.moe.gemm import halves
 
 
 @triton.jit
@@ -32,8 +33,7 @@ def matvec(
             high = tl.load(vector + at + COLS, mask=at + COLS < width, other=0.0).to(tl.float32)
             scale_at = scales + (expert.to(tl.int64) * (width // BK) + i) * ROWS + row
             s = tl.load(scale_at, mask=row_mask, other=0.0).to(tl.float32)
-            bottom = ((w << 4) >> 4).to(tl.float32)
-            top = (w >> 4).to(tl.float32)
+            bottom, top = halves(w)
             lanes += (bottom * low[None, :] + top * high[None, :]) * s[:, None]
         else:
             lanes += w.to(tl.float32) * low[None, :]
@@ -57,21 +57,13 @@ def decode_gate_up_kernel(
     vector = x + slot // K * x_stride
     gate = matvec(vector, weight, scales, expert, row, mask, 2 * F, D, BN, BK, FMT)
     up = matvec(vector, weight, scales, expert, row + F, mask, 2 * F, D, BN, BK, FMT)
-    dtype: tl.constexpr = hidden.dtype.element_ty
     out = slot * F + row
-    shown = mask
-    if expert_mask is not None:
-        shown = shown & (tl.load(expert_mask + expert) != 0)
-    if token_mask is not None:
-        shown = shown & (tl.load(token_mask + slot // K) != 0)
-    if pre is not None:
-        tl.store(pre + out, tl.where(shown, gate, 0.0).to(dtype), mask=mask)
-    if linear is not None:
-        tl.store(linear + out, tl.where(shown, up, 0.0).to(dtype), mask=mask)
-    product = swiglu(gate, up, dtype, ROUND)
+    shown = selected(mask, expert, slot // K, True, expert_mask, token_mask)
+    product = swiglu(gate, up, hidden.dtype.element_ty, ROUND)
+    show(pre, out, gate, shown, mask)
+    show(linear, out, up, shown, mask)
+    show(post, out, product, shown, mask)
     tl.store(hidden + out, product, mask=mask)
-    if post is not None:
-        tl.store(post + out, tl.where(shown, product, 0.0).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -102,17 +94,8 @@ def decode_down_kernel(
         stored = changed(out, expert, cell, add_cell, mask, scale, add, replaced, replace_rows).to(dtype)
         if y is not None:
             tl.store(y + cell, stored, mask=mask)
-        if kept is not None:
-            shown = mask
-            if expert_mask is not None:
-                shown = shown & (tl.load(expert_mask + expert) != 0)
-            if token_mask is not None:
-                shown = shown & (tl.load(token_mask + token) != 0)
-            tl.store(kept + cell, tl.where(shown, stored, 0.0).to(dtype), mask=mask)
+        show(kept, cell, stored, selected(mask, expert, token, True, expert_mask, token_mask), mask)
         if mixed is not None:
-            product = stored.to(tl.float32) * tl.load(weights + slot)
-            if ROUND:
-                product = product.to(dtype).to(tl.float32)
-            total += product
+            total += weighted(stored, tl.load(weights + slot), dtype, ROUND)
     if mixed is not None:
         tl.store(mixed + token * D + col, total.to(dtype), mask=mask)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from workbench_kernels.moe.epilogue import changed, selected, show, swiglu
+
 
 @triton.jit
 def place(pid, n_tiles, n_cols, GROUP: tl.constexpr):
@@ -31,15 +33,36 @@ def load_rows(rows, row_mask, col0, width, BK: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight, row0, n, row_mask, col0, width, BK: tl.constexpr, TMA: tl.constexpr):
-    """[BN, BK] of a weight's stored values; beyond the row mask a descriptor reads rows that are never stored."""
-    if TMA:
-        values = weight.load([row0, col0])
+def load_operand(rows, row_mask, step, width, BK: tl.constexpr, FMT: tl.constexpr):
+    """The columns of one step: all of them, or for int4 those of the low and of the high halves of the bytes."""
+    if FMT == 4:
+        low = load_rows(rows, row_mask, step * BK, width, BK // 2)
+        high = load_rows(rows, row_mask, step * BK + BK // 2, width, BK // 2)
     else:
-        col = col0 + tl.arange(0, BK)
-        cell = (row0 + n).to(tl.int64)[:, None] * width + col[None, :]
-        values = tl.load(weight + cell, mask=row_mask[:, None] & (col < width)[None, :], other=0)
+        low = load_rows(rows, row_mask, step * BK, width, BK)
+        high = low
+    return low, high
+
+
+@triton.jit
+def load_weight(weight, row0, n, n_mask, step, width, BK: tl.constexpr, FMT: tl.constexpr, TMA: tl.constexpr):
+    """[BN, BK] of a weight's stored values, int4 two to a byte; beyond the mask a descriptor reads rows that are
+    never stored."""
+    PACKED: tl.constexpr = 2 if FMT == 4 else 1
+    COLS: tl.constexpr = BK // PACKED
+    if TMA:
+        values = weight.load([row0, step * COLS])
+    else:
+        col = step * COLS + tl.arange(0, COLS)
+        cell = (row0 + n).to(tl.int64)[:, None] * (width // PACKED) + col[None, :]
+        values = tl.load(weight + cell, mask=n_mask[:, None] & (col < width // PACKED)[None, :], other=0)
     return values
+
+
+@triton.jit
+def halves(stored):
+    """The low and the high nibbles of int4 bytes, as float32."""
+    return ((stored << 4) >> 4).to(tl.float32), (stored >> 4).to(tl.float32)
 
 
 @triton.jit
@@ -52,16 +75,26 @@ def multiply(acc, rows, weight, SWAP: tl.constexpr):
 
 
 @triton.jit
-def accumulate(acc, low, high, weight, scale, FMT: tl.constexpr, SWAP: tl.constexpr):
-    """acc + rows · weightᵀ for one tile of stored values in any format; `high` and `scale` are for int4 alone."""
+def accumulate(acc, low, high, stored, scale_at, n_mask, FMT: tl.constexpr, SWAP: tl.constexpr):
+    """acc + rows · weightᵀ for the stored values of one step in any format; int4 has scales for each step."""
     dtype: tl.constexpr = low.dtype
     if FMT == 4:
-        bottom = ((weight << 4) >> 4).to(tl.float32) * scale[:, None]
-        top = (weight >> 4).to(tl.float32) * scale[:, None]
-        acc = multiply(acc, low, bottom.to(dtype), SWAP)
-        acc = multiply(acc, high, top.to(dtype), SWAP)
+        scale = tl.load(scale_at, mask=n_mask, other=0.0).to(tl.float32)[:, None]
+        bottom, top = halves(stored)
+        acc = multiply(acc, low, (bottom * scale).to(dtype), SWAP)
+        acc = multiply(acc, high, (top * scale).to(dtype), SWAP)
     else:
-        acc = multiply(acc, low, weight.to(dtype), SWAP)
+        acc = multiply(acc, low, stored.to(dtype), SWAP)
+    return acc
+
+
+@triton.jit
+def finished(acc, scales, row, n_mask, FMT: tl.constexpr, SWAP: tl.constexpr):
+    """[BM, BN] float32: a sum in slot order, and times its rows' scales where these are per row, as for int8."""
+    if SWAP:
+        acc = tl.trans(acc)
+    if FMT == 8:
+        acc *= tl.load(scales + row, mask=n_mask, other=0.0)[None, :]
     return acc
 
 
@@ -87,73 +120,31 @@ def gate_up_kernel(
     shape: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
     gate = tl.zeros(shape, tl.float32)
     up = tl.zeros(shape, tl.float32)
-    scale_at = scales  # of this tile's gate rows; unused without scales
+    gate_at = scales
+    up_at = scales
     if FMT == 4:
-        scale_at = scales + expert.to(tl.int64) * (D // BK) * 2 * F + block * BN + n
-    COLS: tl.constexpr = BK // 2 if FMT == 4 else BK
-    width = D // 2 if FMT == 4 else D
+        gate_at = scales + expert.to(tl.int64) * (D // BK) * 2 * F + block * BN + n
+        up_at = gate_at + F
     for i in range(0, tl.cdiv(D, BK)):
-        low = load_rows(rows, row_mask, i * BK, D, COLS)
-        w_gate = load_weight(weight, gate0, n, n_mask, i * COLS, width, COLS, TMA)
-        w_up = load_weight(weight, gate0 + F, n, n_mask, i * COLS, width, COLS, TMA)
+        low, high = load_operand(rows, row_mask, i, D, BK, FMT)
+        w_gate = load_weight(weight, gate0, n, n_mask, i, D, BK, FMT, TMA)  # both before a product: one wait for both
+        w_up = load_weight(weight, gate0 + F, n, n_mask, i, D, BK, FMT, TMA)
+        gate = accumulate(gate, low, high, w_gate, gate_at, n_mask, FMT, SWAP)
+        up = accumulate(up, low, high, w_up, up_at, n_mask, FMT, SWAP)
         if FMT == 4:
-            high = load_rows(rows, row_mask, i * BK + COLS, D, COLS)
-            s_gate = tl.load(scale_at + i * 2 * F, mask=n_mask, other=0.0).to(tl.float32)
-            s_up = tl.load(scale_at + i * 2 * F + F, mask=n_mask, other=0.0).to(tl.float32)
-            gate = accumulate(gate, low, high, w_gate, s_gate, FMT, SWAP)
-            up = accumulate(up, low, high, w_up, s_up, FMT, SWAP)
-        else:
-            gate = accumulate(gate, low, low, w_gate, None, FMT, SWAP)
-            up = accumulate(up, low, low, w_up, None, FMT, SWAP)
-    if SWAP:
-        gate = tl.trans(gate)
-        up = tl.trans(up)
-    if FMT == 8:
-        gate *= tl.load(scales + gate0 + n, mask=n_mask, other=0.0)[None, :]
-        up *= tl.load(scales + gate0 + F + n, mask=n_mask, other=0.0)[None, :]
+            gate_at += 2 * F
+            up_at += 2 * F
+    gate = finished(gate, scales, gate0 + n, n_mask, FMT, SWAP)
+    up = finished(up, scales, gate0 + F + n, n_mask, FMT, SWAP)
 
-    dtype: tl.constexpr = hidden.dtype.element_ty
     out = slot[:, None] * F + (block * BN + n)[None, :]
     out_mask = row_mask[:, None] & n_mask[None, :]
-    shown = out_mask
-    if expert_mask is not None:
-        shown = shown & (tl.load(expert_mask + expert) != 0)
-    if token_mask is not None:
-        shown = shown & (tl.load(token_mask + slot // K, mask=row_mask, other=0) != 0)[:, None]
-    if pre is not None:
-        tl.store(pre + out, tl.where(shown, gate, 0.0).to(dtype), mask=out_mask)
-    if linear is not None:
-        tl.store(linear + out, tl.where(shown, up, 0.0).to(dtype), mask=out_mask)
-    product = swiglu(gate, up, dtype, ROUND)
+    shown = selected(out_mask, expert, slot[:, None] // K, row_mask[:, None], expert_mask, token_mask)
+    product = swiglu(gate, up, hidden.dtype.element_ty, ROUND)
+    show(pre, out, gate, shown, out_mask)
+    show(linear, out, up, shown, out_mask)
+    show(post, out, product, shown, out_mask)
     tl.store(hidden + out, product, mask=out_mask)
-    if post is not None:
-        tl.store(post + out, tl.where(shown, product, 0.0).to(dtype), mask=out_mask)
-
-
-@triton.jit
-def swiglu(gate, up, dtype: tl.constexpr, ROUND: tl.constexpr):
-    """silu(gate) · up in float32; ROUND rounds to `dtype` after each step, as separate torch operations do."""
-    if ROUND:
-        gate = gate.to(dtype).to(tl.float32)
-        up = up.to(dtype).to(tl.float32)
-    active = gate / (1.0 + tl.exp(-gate))
-    if ROUND:
-        active = active.to(dtype).to(tl.float32)
-    return (active * up).to(dtype)
-
-
-@triton.jit
-def changed(out, expert, cell, add_cell, mask, scale, add, replaced, replace_rows):
-    """Step 8 of plan.py for outputs of one expert, float32 of any shape; every pointer may be None."""
-    if scale is not None:
-        factor = tl.load(scale + expert).to(tl.float32)
-        out = tl.where(factor == 0, 0.0, out * factor)
-    if add is not None:
-        out += tl.load(add + add_cell, mask=mask, other=0.0).to(tl.float32)
-    if replaced is not None:
-        instead = tl.load(replaced + expert) != 0
-        out = tl.where(instead, tl.load(replace_rows + cell, mask=mask & instead, other=0.0).to(tl.float32), out)
-    return out
 
 
 @triton.jit(do_not_specialize=["MAX_TILES"])
@@ -181,21 +172,13 @@ def down_kernel(
     scale_at = scales
     if FMT == 4:
         scale_at = scales + expert.to(tl.int64) * (F // BK) * D + col
-    COLS: tl.constexpr = BK // 2 if FMT == 4 else BK
-    width = F // 2 if FMT == 4 else F
     for i in range(0, tl.cdiv(F, BK)):
-        low = load_rows(rows, row_mask, i * BK, F, COLS)
-        w = load_weight(weight, row0, n, n_mask, i * COLS, width, COLS, TMA)
+        low, high = load_operand(rows, row_mask, i, F, BK, FMT)
+        w = load_weight(weight, row0, n, n_mask, i, F, BK, FMT, TMA)
+        out = accumulate(out, low, high, w, scale_at, n_mask, FMT, SWAP)
         if FMT == 4:
-            high = load_rows(rows, row_mask, i * BK + COLS, F, COLS)
-            s = tl.load(scale_at + i * D, mask=n_mask, other=0.0).to(tl.float32)
-            out = accumulate(out, low, high, w, s, FMT, SWAP)
-        else:
-            out = accumulate(out, low, low, w, None, FMT, SWAP)
-    if SWAP:
-        out = tl.trans(out)
-    if FMT == 8:
-        out *= tl.load(scales + row0 + n, mask=n_mask, other=0.0)[None, :]
+            scale_at += D
+    out = finished(out, scales, row0 + n, n_mask, FMT, SWAP)
 
     dtype: tl.constexpr = y.dtype.element_ty
     if ROUND:
@@ -205,10 +188,5 @@ def down_kernel(
     out_mask = row_mask[:, None] & n_mask[None, :]
     out = changed(out, expert, cell, add_cell, out_mask, scale, add, replaced, replace_rows).to(dtype)
     tl.store(y + cell, out, mask=out_mask)
-    if kept is not None:
-        shown = out_mask
-        if expert_mask is not None:
-            shown = shown & (tl.load(expert_mask + expert) != 0)
-        if token_mask is not None:
-            shown = shown & (tl.load(token_mask + slot // K, mask=row_mask, other=0) != 0)[:, None]
-        tl.store(kept + cell, tl.where(shown, out, 0.0).to(dtype), mask=out_mask)
+    shown = selected(out_mask, expert, slot[:, None] // K, row_mask[:, None], expert_mask, token_mask)
+    show(kept, cell, out, shown, out_mask)

@@ -44,6 +44,11 @@ class Layer:
     def d_expert(self) -> int:
         return self.down.shape[2]
 
+    @property
+    def rounds(self) -> bool:
+        """Whether hf numerics round anything: to float32 nothing is, so it runs the same kernels."""
+        return self.hf and self.x.dtype != torch.float32
+
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.x.dtype, device=self.x.device)
 

@@ -37,12 +37,13 @@ def choose_kernel(
     source, bias, keep, forced_ids, forced_weights, logits, probs, margin, ids, weights, load, T, E, bias_stride,
     keep_stride,
     SPLITS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
-    FULL: tl.constexpr, FROM_PROBS: tl.constexpr, NORM: tl.constexpr, ROUND: tl.constexpr, ROUND_TO: tl.constexpr,
+    FULL: tl.constexpr, FROM_PROBS: tl.constexpr, NORM: tl.constexpr, ROUND_TO: tl.constexpr,
 ):  # fmt: skip
     """Logits -> probabilities -> K experts and their weights; steps 1 to 5 of plan.py.
 
     source: partial logits [SPLITS, T, E], or with FROM_PROBS the probabilities [T, E]. Every pointer of the first two
-    rows except source, ids and weights may be None. `load` is only for a launch of one program.
+    rows except source, ids and weights may be None. `load` is only for a launch of one program. Logits and weights are
+    rounded to ROUND_TO, which is float32 where nothing is rounded.
     """
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     t64 = t.to(tl.int64)
@@ -60,8 +61,7 @@ def choose_kernel(
         z = tl.zeros((BT, BE), tl.float32)
         for split in tl.static_range(SPLITS):
             z += tl.load(source + (split * T + t64)[:, None] * E + e[None, :], mask=real, other=0.0)
-        if ROUND:
-            z = z.to(ROUND_TO).to(tl.float32)
+        z = z.to(ROUND_TO).to(tl.float32)
         if logits is not None:
             tl.store(logits + cell, z, mask=real)
         if bias is not None:
@@ -78,7 +78,7 @@ def choose_kernel(
     chosen = tl.zeros((BT, BK), tl.int32)
     w = tl.zeros((BT, BK), tl.float32)
     last = tl.zeros((BT,), tl.float32)
-    for j in tl.static_range(K):
+    for j in range(K):  # each takes what the one before left: unrolling would only make more code of it
         _, best = tl.max(rank, 1, return_indices=True, return_indices_tie_break_left=True)
         rank = tl.where(e[None, :] == best[:, None], -2.0, rank)
         if margin is not None:
@@ -97,8 +97,7 @@ def choose_kernel(
         w = w / tl.where(total == 0, 1.0, total)[:, None]
     cell = t64[:, None] * K + slot[None, :]
     real = (t < T)[:, None] & (slot < K)[None, :]
-    if ROUND:
-        w = w.to(ROUND_TO).to(tl.float32)
+    w = w.to(ROUND_TO).to(tl.float32)
     if forced_weights is not None:
         w = tl.load(forced_weights + cell, mask=real, other=0.0).to(tl.float32)
     if forced_ids is not None:  # on a device nobody checked them: an id that does not exist gives a row of NaN
@@ -109,7 +108,7 @@ def choose_kernel(
     tl.store(weights + cell, w, mask=real)
     if load is not None:
         taken = tl.zeros((BE,), tl.int32)
-        for j in tl.static_range(K):
+        for j in range(K):
             expert = tl.sum(tl.where(slot[None, :] == j, chosen, 0), 1)
             taken += tl.sum(((e[None, :] == expert[:, None]) & (t < T)[:, None]).to(tl.int32), 0)
         tl.store(load + e, taken.to(tl.float32) / (T * K), mask=e < E)

@@ -79,8 +79,8 @@ def _choose(layer: Layer, source: Tensor, splits: int, probs: bool = False, ids:
         source, bias, keep, _dense(change.forced_ids if ids is None else ids), _dense(change.forced_weights),
         clean, asked, margin, chosen, weights, load, t, e, _row_stride(bias), _row_stride(keep),
         SPLITS=splits, K=layer.k, BK=triton.next_power_of_2(layer.k), BT=bt, BE=_power(e), FULL=layer.k == e,
-        FROM_PROBS=splits == 0, NORM=layer.norm_topk_prob, ROUND=layer.hf and layer.x.dtype in _TL,
-        ROUND_TO=_TL.get(layer.x.dtype, triton.language.float32), num_warps=4,
+        FROM_PROBS=splits == 0, NORM=layer.norm_topk_prob,
+        ROUND_TO=_TL[layer.x.dtype] if layer.rounds else triton.language.float32, num_warps=4,
     )  # fmt: skip
     return Routed(source if clean is None else clean, chosen, weights, load, asked, margin)
 
@@ -102,8 +102,8 @@ def order(layer: Layer, routed: Routed) -> tuple[Routed, Tiles | None]:
     sizes = {"BE": _power(e), "num_warps": 8}
     sort.count_kernel[(n_chunks,)](routed.ids, counts, n, e, C=_CHUNK, REPEAT=repeat, **sizes)
     names = [layer.new(n_tiles, dtype=torch.int32) for _ in range(3)] if grouped else [None] * 3
-    bc = min(32, triton.next_power_of_2(n_chunks))
-    sort.scan_kernel[(1,)](counts, starts, load, *names, n, n_chunks, e, n_tiles, BM=bm, BC=bc, BT=32, **sizes)
+    # BC is the same at every T: a size that followed it would compile anew where warm_up() has not been
+    sort.scan_kernel[(1,)](counts, starts, load, *names, n, n_chunks, e, n_tiles, BM=bm, BC=32, BT=32, **sizes)
     routed = replace(routed, load=load)
     if not grouped:
         return routed, None
@@ -214,7 +214,7 @@ def _combine(layer: Layer, routed: Routed, y: Tensor | None, mixed: Tensor) -> N
     sizes, d = layer.blocks["combine"], layer.d_model
     bd = min(sizes["bd"], triton.next_power_of_2(d))
     combine.combine_kernel[(layer.n_tokens * triton.cdiv(d, bd),)](
-        y, routed.weights, mixed, d, K=layer.k, BD=bd, ROUND=layer.hf, num_warps=sizes["warps"]
+        y, routed.weights, mixed, d, K=layer.k, BD=bd, ROUND=layer.rounds, num_warps=sizes["warps"]
     )
 
 
@@ -226,7 +226,7 @@ def _edit(layer: Layer, hidden: Tensor, pre: Tensor | None, linear: Tensor | Non
         if rows is not None
     ]
     combine.edited_swiglu_kernel[(triton.cdiv(hidden.numel(), 1024),)](
-        hidden, pre, linear, *edited, hidden.numel(), B=1024, ROUND=layer.hf, num_warps=4
+        hidden, pre, linear, *edited, hidden.numel(), B=1024, ROUND=layer.rounds, num_warps=4
     )
 
 
@@ -242,7 +242,7 @@ def _weight(layer: Layer, weight: Weight, sizes: Blocks) -> tuple[Any, Tensor | 
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         operand = TensorDescriptor.from_tensor(values.view(-1, values.shape[-1]), [sizes["bn"], stored])
-    options = {"K": layer.k, "BN": sizes["bn"], "BK": bk, "FMT": fmt, "TMA": tma, "ROUND": layer.hf}
+    options = {"K": layer.k, "BN": sizes["bn"], "BK": bk, "FMT": fmt, "TMA": tma, "ROUND": layer.rounds}
     return operand, scales, options | {"num_warps": sizes["warps"], "num_stages": sizes["stages"]}
 
 

@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import near
 from torch import Tensor
 
 from workbench.errors import ConfigError, ShapeError
@@ -58,12 +59,10 @@ def test_losses_equal_those_of_the_whole_model(moe: Qwen3Moe, tokens: Tensor) ->
             )
             rows = frame.filter((pl.col("expert") == expert) & (pl.col("mode") == mode))
             expected = loss([change])
-            assert rows["nll"].to_list() == pytest.approx(expected, abs=1e-5)
-            assert rows["delta"].to_list() == pytest.approx(
-                [a - b for a, b in zip(expected, base, strict=True)], abs=1e-5
-            )
+            assert rows["nll"].to_list() == near(expected, *base)
+            assert rows["delta"].to_list() == near([a - b for a, b in zip(expected, base, strict=True)], *base)
     unused = frame.filter((pl.col("selected") == 0) & (pl.col("mode") != "reroute"))
-    assert unused["delta"].abs().max() in (None, pytest.approx(0, abs=1e-5))
+    assert unused["delta"].abs().max() in (None, near(0, *base))
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ from dataclasses import replace
 import polars as pl
 import pytest
 import torch
+from closeness import assert_near, near
 
 from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.attribution import SITE_COLUMNS, _both_runs, agreement, attribution_patching
-from workbench.experiments.attribution_sites import KINDS, Site, patched_metric
+from workbench.experiments.attribution_sites import KINDS, Site, aligned, patched_metric
 from workbench.experiments.metrics import logit_difference
 from workbench.experiments.pairs import Pairs
 from workbench.hooks import ActivationCache
@@ -32,7 +33,7 @@ def test_estimates_are_the_derivative_along_the_difference(model, tokens):
     kinds = [kind for kind in KINDS if kind != "expert" and (model.cfg.is_moe or kind != "router")]
     metric = logit_difference(7, 9)
     result = attribution_patching(model, Pairs(tokens, tokens.flip(0)), metric, kinds=kinds, exact_sample=0)
-    pair = _both_runs(model, (tokens, tokens.flip(0), None), metric, kinds)
+    pair = _both_runs(model, aligned(Pairs(tokens, tokens.flip(0))), metric, kinds)
     between = {
         name: pair.corrupt[name] + step * (value - pair.corrupt[name])
         if value.is_floating_point()
@@ -59,7 +60,7 @@ def test_expert_estimate_is_exact_where_nothing_follows_but_the_unembedding(moe,
             moe, Pairs(tokens, tokens.flip(0)), logit_difference(7, 9), kinds=[kind], exact_sample=0
         )
         assert set(result.frame["layer"]) >= {0, last}
-        pair = _both_runs(moe, (tokens, tokens.flip(0), None), logit_difference(7, 9), [kind])
+        pair = _both_runs(moe, aligned(Pairs(tokens, tokens.flip(0))), logit_difference(7, 9), [kind])
         for row in mean_effects(result).filter(pl.col("layer") == last).gather_every(11).rows(named=True):
             value = row.pop("value")
             exact = (patched_metric(moe, pair, Site(**row)) - pair.value).mean()
@@ -113,7 +114,8 @@ def test_exact_column_equals_patching_by_hand(nano):
     result = attribution_patching(nano, Pairs(clean, corrupt), metric, kinds=["head", "router"], exact_sample=6)
     with torch.no_grad():
         _, cache = nano.run_with_cache(clean)
-        base = metric(nano(corrupt))
+        logits = nano(corrupt)
+        base = metric(logits)
         for row in result.frame.drop_nulls("exact").filter(pl.col("pair") == "1").rows(named=True):
             leaf = "attn.hook_z" if row["kind"] == "head" else "mlp.hook_router_logits"
             name = f"blocks.{row['layer']}.{leaf}"
@@ -125,7 +127,7 @@ def test_exact_column_equals_patching_by_hand(nano):
                 return x
 
             patched = metric(nano.run_with_hooks(corrupt, fwd_hooks=[(name, put)]))
-            assert row["exact"] == pytest.approx(float((patched - base)[1]), abs=1e-5)
+            assert row["exact"] == near(float((patched - base)[1]), logits)
     assert result.frame.drop_nulls("exact").group_by("kind").len()["len"].to_list() == [12, 12]
     assert all(-1 <= found["pearson"] <= 1 for found in result.settings["agreement"].values())
 
@@ -153,9 +155,39 @@ def test_wrong_requests_are_refused(llama, tokens):
         attribution_patching(llama, Pairs(tokens, tokens), logit_difference(7, 9), kinds=["edge"])
     with pytest.raises(ConfigError, match="with experts"):
         attribution_patching(llama, Pairs(tokens, tokens), logit_difference(7, 9), kinds=["expert"])
-    crossed = Pairs(tokens, tokens, positions={"subject": [(2, 3), (2, 2)]})
-    with pytest.raises(ShapeError, match="column by column"):
-        attribution_patching(llama, crossed, logit_difference(7, 9), kinds=["head"])
+    twice = Pairs(tokens, tokens, positions={"subject": [(2, 3), (2, 2)], "end": [(4, 3), (5, 5)]})
+    with pytest.raises(ShapeError, match="expected one clean position for a corrupt one, got several"):
+        attribution_patching(llama, twice, logit_difference(7, 9), kinds=["head"])
+
+
+def test_between_crossed_positions_only_what_corresponds_is_carried(moe, tokens):
+    """An alignment that names some columns, of equal number in both, gives those sites their values and others 0."""
+    corrupt, metric, kinds = tokens.flip(0), logit_difference(7, 9), ["node", "head", "expert", "router"]
+    names, keys = {"a": [1, 4], "b": [5, 2]}, ["pair", *SITE_COLUMNS]
+    some = Pairs(tokens, corrupt, positions=names, corrupt_mask=torch.ones_like(tokens))
+    found = attribution_patching(moe, some, metric, kinds=kinds, exact_sample=6).frame
+    whole = attribution_patching(moe, Pairs(tokens, corrupt), metric, kinds=kinds, exact_sample=0).frame
+    both = found.join(whole, on=keys, suffix="_whole", nulls_equal=True)
+    mapped = pl.concat_str("pair", "pos", separator=" ").is_in(["0 1", "0 5", "1 4", "1 2"])
+    inside = both.filter(mapped)
+    assert_near(inside["value"].to_torch(), inside["value_whole"].to_torch())
+    assert (inside["value"].abs() > 1e-4).any()
+    assert (both.filter(~mapped)["value"] == 0).all()
+    assert both.filter(~mapped).drop_nulls("exact")["exact"].abs().max() in (None, near(0, moe(corrupt)))
+    crossed = Pairs(tokens, corrupt, positions={"a": [(1, 3), (4, 4)]})
+    moved = attribution_patching(moe, crossed, metric, kinds=["head"], exact_sample=200).frame
+    with torch.no_grad():
+        z = moe.run_with_cache(tokens)[1]["z", 0]
+
+        def put(x, hook):
+            x = x.clone()
+            x[0, 3, 2] = z[0, 1, 2]
+            return x
+
+        logits = moe.run_with_hooks(corrupt, fwd_hooks=[("blocks.0.attn.hook_z", put)])
+        change = float((metric(logits) - metric(moe(corrupt)))[0])
+    row = moved.filter((pl.col("pair") == "0") & (pl.col("layer") == 0) & (pl.col("pos") == 3) & (pl.col("head") == 2))
+    assert row["exact"].to_list() == [near(change, logits)]
 
 
 def test_agreement_sees_the_sign():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import polars as pl
 import pytest
 import torch
+from closeness import assert_near
 
 from workbench.errors import ConfigError, ShapeError
+from workbench.experiments.attribution_sites import aligned
 from workbench.experiments.edge_nodes import Node, needed, written
 from workbench.experiments.edges import _run_path, edge_attribution, path_patching
 from workbench.experiments.metrics import logit_difference
@@ -43,10 +45,10 @@ def test_a_path_into_attention_equals_one_made_with_plain_torch_hooks(model, tok
 
         handle = module.register_forward_hook(swap)
         try:
-            expected = METRIC(model(corrupt))
+            logits = model(corrupt)
         finally:
             handle.remove()
-    torch.testing.assert_close(found["value"].to_torch().float(), expected, atol=1e-5, rtol=1e-5)
+    assert_near(found["value"].to_torch().float(), METRIC(logits), logits)
     assert found["effect"].abs().min() > 1e-4
 
 
@@ -97,11 +99,11 @@ def test_router_and_experts_sum_to_the_mixture_and_experts_to_its_output(moe, to
     keys, layer = ["pair", "sender", "layer"], pl.col("receiver").str.split(" ").list.last()
     sums = parts.with_columns(layer=layer).group_by(keys).agg(pl.col("value").sum()).sort(keys)
     wanted = whole.with_columns(layer=layer).sort(keys)
-    torch.testing.assert_close(sums["value"].to_torch(), wanted["value"].to_torch(), atol=1e-5, rtol=1e-4)
+    assert_near(sums["value"].to_torch(), wanted["value"].to_torch(), parts["value"].to_torch())
     with torch.no_grad():
         _, cache = moe.run_with_cache(tokens, names_filter=needed(moe, True))
         total = sum(written(moe, cache, Node("expert", 0, expert)) for expert in range(moe.cfg.n_experts))
-        torch.testing.assert_close(total, cache["mlp_out", 0], atol=1e-5, rtol=1e-4)
+        assert_near(total, cache["mlp_out", 0])
 
 
 def test_planted_edges_carry_the_effect_and_no_others_do():
@@ -163,7 +165,8 @@ def test_sampled_exact_effects_are_those_of_path_patching(nano):
     measured = path_patching(nano, Pairs(clean, corrupt), logit_difference(700, 900), paths).frame.filter(
         pl.col("pair") == "0"
     )
-    torch.testing.assert_close(sampled["exact"].to_torch(), measured["effect"].to_torch(), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert_near(sampled["exact"].to_torch(), measured["effect"].to_torch(), nano(corrupt))
     assert result.settings["agreement"]["n_edges"] == 8
     assert result.settings["agreement"]["pearson"] > 0.5
 
@@ -188,6 +191,64 @@ def test_wrong_paths_are_refused(llama, tokens):
         run(["head 0.0"])
     with pytest.raises(ConfigError, match="to: expected"):
         edge_attribution(llama, Pairs(tokens, tokens), METRIC, to=("neuron",))
-    crossed = Pairs(tokens, tokens, positions={"subject": [(2, 3), (2, 2)]})
-    with pytest.raises(ShapeError, match="column by column"):
-        path_patching(llama, crossed, METRIC, [["embed", "logits"]])
+    twice = Pairs(tokens, tokens, positions={"subject": [(2, 3), (2, 2)], "end": [(4, 3), (5, 5)]})
+    with pytest.raises(ShapeError, match="expected one clean position for a corrupt one, got several"):
+        path_patching(llama, twice, METRIC, [["embed", "logits"]])
+
+
+CROSSED = {"subject": [(2, 4), (3, 2)], "end": [(6, 5), (5, 6)]}
+
+
+@torch.no_grad()
+def test_paths_carry_what_an_alignment_maps_and_nothing_else(moe, tokens):
+    """Between versions of which one is padded: a head's output moves to the column it corresponds to."""
+    corrupt, mask = tokens.flip(0).clone(), torch.ones_like(tokens)
+    mask[0, :2] = 0
+    pairs = Pairs(tokens, corrupt, torch.ones_like(mask), {"subject": [(2, 2), (3, 2)], "end": [(6, 4), (5, 6)]},
+                  corrupt_mask=mask)  # fmt: skip
+    columns = [([2, 6], [4, 6]), ([3, 5], [2, 6])]  # of either pair: clean, and corrupt behind its padding
+    clean = moe.run_with_cache(tokens)[1]["hook_embed"]
+    own = moe.run_with_cache(corrupt, attention_mask=mask)[1]["hook_embed"]
+
+    def add(x, hook):
+        x = x.clone()
+        for pair, (there, here) in enumerate(columns):
+            x[pair, here] += clean[pair, there] - own[pair, here]
+        return x
+
+    logits = moe.run_with_hooks(corrupt, attention_mask=mask, fwd_hooks=[("blocks.2.hook_resid_post", add)])
+    found = path_patching(moe, pairs, METRIC, [["embed", "logits"]]).frame
+    assert_near(found["value"].to_torch(), METRIC(logits), logits)
+    assert_near(torch.tensor(found["recovered"].to_list()), recovered_by_hand(moe, pairs, METRIC(logits)))
+
+
+def recovered_by_hand(model, pairs, values):
+    clean, corrupt = (
+        METRIC(model(version, mask)) for version, mask in zip((pairs.clean, pairs.corrupt), pairs.masks, strict=True)
+    )
+    return (values - corrupt) / (clean - corrupt)
+
+
+def test_edges_between_crossed_positions_are_the_derivative_of_their_paths(moe, tokens):
+    model, corrupt, step = moe.double(), tokens.flip(0), 1e-5
+    pairs = Pairs(tokens, corrupt, positions=CROSSED)
+    frame = edge_attribution(model, pairs, METRIC, to=("k", "router", "logits")).frame
+    whole = edge_attribution(model, Pairs(tokens, corrupt), METRIC, to=("k", "router", "logits")).frame
+    assert not frame["value"].equals(whole["value"])
+    versions = aligned(pairs)
+    with torch.no_grad():
+        caches = [model.run_with_cache(batch, names_filter=needed(model, False))[1] for batch in (tokens, corrupt)]
+        carried = versions.carried(*caches)
+        for name, x in carried.items():
+            for pair, moves in enumerate([[(2, 4), (6, 5)], [(3, 2), (5, 6)]]):
+                expected = caches[1][name][pair].clone()
+                for there, here in moves:
+                    expected[here] = caches[0][name][pair, there]
+                assert torch.equal(x[pair], expected), name
+        moved = ActivationCache({n: caches[1][n] + step * (x - caches[1][n]) for n, x in carried.items()})
+        base = METRIC(model(corrupt)).sum()
+        edges = frame.group_by("sender", "receiver").agg(pl.col("value").sum()).sort("value").gather_every(11)
+        for sender, receiver, value in edges.rows():
+            route = [Node.parse(sender), Node.parse(receiver)]
+            change = (_run_path(model, corrupt, METRIC, None, route, moved, caches[1]).sum() - base) / step
+            assert float(change) == pytest.approx(value, rel=1e-2, abs=1e-7)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
+from closeness import assert_near, near
+from recorded import frozen
 from torch import Tensor
 
 from workbench.errors import InterventionError, RunError, ShapeError
 from workbench.experiments.ablation import ablate_experts
 from workbench.experiments.attribution import attribution_patching
-from workbench.experiments.expert_patching import patch_experts
+from workbench.experiments.expert_patching import Contributions, expert_runs, patch_experts
 from workbench.experiments.identity import describe_interventions, digest
 from workbench.experiments.metrics import kl, log_probability, logit_difference, probability
 from workbench.experiments.pairs import Pairs
@@ -21,13 +25,17 @@ from workbench.experiments.patching import patch
 from workbench.experiments.tracing import causal_tracing
 from workbench.interventions import (
     AddVector,
-    FreezeRouting,
+    BiasRouter,
     Interventions,
     KnockOut,
     PatchActivations,
+    PerRow,
+    ScaleActivation,
+    ScaleExperts,
     SwapRouting,
     Where,
 )
+from workbench.interventions.session import Attachable
 from workbench.models import Qwen3Moe
 
 METRIC = logit_difference(40, 50)
@@ -167,40 +175,105 @@ def test_digests_tell_shape_dtype_and_absence_apart() -> None:
     assert digest(torch.zeros(2, 3).bfloat16()) == digest(torch.zeros(3, 2).bfloat16().T.contiguous())
 
 
-def _frozen(moe: Qwen3Moe, tokens: Tensor) -> FreezeRouting:
-    _, cache = moe.run_with_cache(tokens, names_filter=lambda n: n.endswith(("expert_ids", "routing_weights")))
-    return FreezeRouting.from_cache(cache)
-
-
-BY_ROW: dict[str, Callable[[Qwen3Moe, Tensor], Interventions]] = {
-    "knock_out limited by langs": lambda m, t: Interventions(
-        [KnockOut(experts=(1,), mode="drop", where=Where(langs=("ja",)))], langs=["ja", "en"]
+JA = {"experts": (1, 4), "mode": "drop"}
+BY_ROW: dict[str, Callable[[Qwen3Moe, Tensor], Attachable]] = {
+    "langs": lambda m, t: Interventions([KnockOut(**JA, where=Where(langs=("ja",)))], langs=["ja", "en"]),
+    "swap": lambda m, t: Interventions([SwapRouting(rows=(1, 0))]),
+    "recordings": lambda m, t: Interventions([frozen(m, t)]),
+    "prompts": lambda m, t: Interventions([KnockOut(**JA, where=Where(phase="decode"))], n_prompt=[2, 3]),
+    "rows": lambda m, t: PerRow([[BiasRouter(bias=torch.arange(8.0))], [KnockOut(**JA, where=Where(positions=(2,)))]]),
+    "segments": lambda m, t: Interventions(
+        [KnockOut(**JA, where=Where(segments=("user",)))],
+        label=lambda ids: ["user" if i % 2 == ids[0] % 2 else "final" for i in range(len(ids))],
     ),
-    "swap_routing, which differs by": lambda m, t: Interventions([SwapRouting(rows=(1, 0))]),
-    "freeze_routing, which differs by": lambda m, t: Interventions([_frozen(m, t)]),
-    "n_prompt": lambda m, t: Interventions([KnockOut(experts=(1,), mode="drop")], n_prompt=[3, 3]),
+    "positions": lambda m, t: Interventions([ScaleExperts(experts=(0, 1), factor=3.0, where=Where(positions=(2, -1)))]),
+    "prefill": lambda m, t: Interventions([KnockOut(experts=(1, 4), mode="reroute", where=Where(phase="prefill"))]),
 }
 
 
-@pytest.mark.parametrize("reason", list(BY_ROW))
+@pytest.mark.parametrize("name", list(BY_ROW))
 @torch.no_grad()
-def test_what_tells_rows_apart_is_refused_in_one_sentence(moe: Qwen3Moe, tokens: Tensor, reason: str) -> None:
-    given = BY_ROW[reason](moe, tokens)
-    with moe.intervene(given):
-        for run in SWEEPS.values():
-            with pytest.raises(InterventionError, match=f"patching: expected interventions .* got {reason}"):
-                run(moe, at(tokens), METRIC, None)
-        with pytest.raises(InterventionError, match=f"causal tracing: expected .* got {reason}"):
-            causal_tracing(moe, tokens, [(4, 5), (4, 5)], METRIC, n_samples=1, progress=False)
+def test_what_tells_rows_or_tokens_apart_acts_in_every_patch_as_in_its_run(
+    moe: Qwen3Moe, tokens: Tensor, name: str
+) -> None:
+    """Many patches in one pass, from a later layer and column, against one hook at a time on the whole prompts."""
+    clean, corrupt = tokens, tokens.flip(1)
+    resid, slots = "blocks.1.hook_resid_pre", "blocks.2.mlp.hook_"
+    leaves = ("expert_ids", "routing_weights", "expert_out")
+    names = [resid, "blocks.2.hook_mlp_out", *(slots + leaf for leaf in leaves)]
+    with moe.intervene(BY_ROW[name](moe, tokens)):
+        stream = patch(moe, Pairs(clean, corrupt), METRIC, layers=[1], progress=False).frame
+        experts = patch_experts(moe, Pairs(clean, corrupt), METRIC, layers=[2], modes=["both"], progress=False).frame
+        there, here = (moe.run_with_cache(version, names_filter=names)[1] for version in (clean, corrupt))
+
+        def contribution(cache: dict[str, Tensor], pos: int, expert: int | None) -> Tensor:
+            ids, weights, out = (cache[slots + leaf][:, pos] for leaf in leaves)
+            held = torch.ones_like(ids) if expert is None else ids == expert
+            return ((weights * held)[..., None] * out).sum(-2)
+
+        def by_hand(point: str, pos: int, change: Tensor) -> Any:
+            def edit(x: Tensor, hook: object) -> Tensor:
+                x = x.clone()
+                x[:, pos] += change
+                return x
+
+            logits = moe.run_with_hooks(corrupt, fwd_hooks=[(point, edit)])
+            return near(METRIC(logits), logits)
+
+        for pos in (0, 2, 6):
+            expected = by_hand(resid, pos, there[resid][:, pos] - here[resid][:, pos])
+            assert stream.filter(pl.col("pos") == pos)["value"].to_list() == expected
+            for row in experts.filter(pl.col("pos") == pos).partition_by("expert"):
+                expert = row["expert"][0]
+                change = contribution(there, pos, expert) - contribution(here, pos, expert)
+                expected = by_hand("blocks.2.hook_mlp_out", pos, change)
+                assert row["value"].to_list() == expected, expert
 
 
-@pytest.mark.parametrize("where", [Where(positions=(2,)), Where(phase="prefill")])
-def test_experts_are_not_patched_under_what_tells_tokens_apart(moe: Qwen3Moe, tokens: Tensor, where: Where) -> None:
-    with (
-        moe.intervene(KnockOut(experts=(1,), mode="drop", where=where)),
-        pytest.raises(InterventionError, match=r"expert patching: .* act alike on every token, got knock_out limited"),
-    ):
-        patch_experts(moe, at(tokens), METRIC, layers=[2], progress=False)
+@torch.no_grad()
+def test_modes_of_an_expert_patch_add_up_under_what_tells_tokens_apart(moe: Qwen3Moe, tokens: Tensor) -> None:
+    """Values and routing recompute experts at one token: between runs that are the same, nothing is left."""
+    limits = [Where(positions=(2,)), Where(positions=(-1,)), Where(phase="prefill"), Where(langs=("ja",))]
+    for where in limits:
+        change = ScaleExperts(experts=(0, 1, 2, 3), factor=3.0, where=where)
+        with moe.intervene(Interventions([change], langs=["ja", "en"])):
+            runs = expert_runs(moe, Pairs(tokens, tokens.flip(1)), METRIC)
+            layer = Contributions(runs)[2]
+            for pos in (2, 6):
+                column = torch.full((2,), pos)
+                own = layer._on("target", column, layer.target.at(column))
+                assert_near(own.out, layer.target.at(column).out)
+
+
+def test_experts_whose_sum_is_changed_afterwards_are_refused(moe: Qwen3Moe, tokens: Tensor) -> None:
+    for point in ("mlp_out", "resid_post"):
+        with (
+            moe.intervene(ScaleActivation(factor=0.5, point=point, where=Where(layers=(2,)))),
+            pytest.raises(
+                InterventionError, match=f"to reach the stream, got a scale_activation at blocks.2.hook_{point}"
+            ),
+        ):
+            patch_experts(moe, at(tokens), METRIC, layers=[2], progress=False)
+        with moe.intervene(AddVector(vector=torch.ones(32), point=point)):
+            patch_experts(moe, at(tokens), METRIC, layers=[2], progress=False)
+
+
+@torch.no_grad()
+def test_tracing_under_one_row_s_intervention_is_that_row_s(moe: Qwen3Moe, tokens: Tensor) -> None:
+    def trace(given: Any) -> pl.DataFrame:
+        with moe.intervene(given):
+            return causal_tracing(
+                moe, tokens, [(2, 4), (3, 5)], METRIC, components=["mlp_out"], n_samples=3, progress=False
+            ).frame.sort("layer", "pos", "pair")
+
+    change = KnockOut(experts=(1, 4), mode="drop")
+    everywhere, nowhere = trace([change]), trace([])
+    assert not everywhere["value"].equals(nowhere["value"])
+    given = replace(change, where=Where(langs=("ja",)))
+    for mixed in (trace(Interventions([given], langs=["ja", "en"])), trace(PerRow([[change], None]))):
+        for pair, expected in (("0", everywhere), ("1", nowhere)):
+            found, wanted = (frame.filter(pl.col("pair") == pair)["value"] for frame in (mixed, expected))
+            assert found.to_list() == near(wanted.to_list(), moe(tokens))
 
 
 @torch.no_grad()
@@ -217,8 +290,8 @@ def test_experts_are_patched_under_what_acts_everywhere_padded_or_not(moe: Qwen3
         short = Pairs(clean[:1], corrupt[:1], positions={"s": [(4, 4)]})
         whole = patch_experts(moe, short, METRIC, **options)
     mine = padded.frame.filter(padded.frame["pair"] == "0")
-    assert mine["value"].to_list() == pytest.approx(whole.frame["value"].to_list(), abs=1e-5)
-    assert mine["clean_weight"].to_list() == pytest.approx(whole.frame["clean_weight"].to_list(), abs=1e-6)
+    assert mine["value"].to_list() == near(whole.frame["value"].to_list(), moe(clean))
+    assert mine["clean_weight"].to_list() == near(whole.frame["clean_weight"].to_list(), 1)
     with moe.intervene(gone):
         _, cache = moe.run_with_cache(
             clean[1:, 2:], names_filter=lambda n: n.startswith("blocks.2.mlp.hook_") and "load" not in n
@@ -226,7 +299,7 @@ def test_experts_are_patched_under_what_acts_everywhere_padded_or_not(moe: Qwen3
     held = cache["expert_ids", 2][0, 3] == 2
     weight = float((cache["routing_weights", 2][0, 3] * held).sum())
     found = padded.frame.filter((padded.frame["pair"] == "1") & (padded.frame["expert"] == 2))["clean_weight"]
-    assert found.to_list() == pytest.approx([weight] * 3, abs=1e-6)
+    assert found.to_list() == near([weight] * 3, 1)
 
 
 @pytest.mark.parametrize(

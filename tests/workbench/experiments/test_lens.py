@@ -5,6 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 import torch
+from closeness import assert_near
 
 from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.lens import PARTS, direct_logit_attribution, expert_logit_lens, logit_lens
@@ -26,8 +27,8 @@ def test_parts_sum_to_the_logit_and_to_the_difference(nano, parts):
         ),
     ):
         sums = result.frame.group_by("pair", maintain_order=True).agg(pl.col("value").sum())["value"].to_torch()
-        torch.testing.assert_close(sums, total, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(torch.tensor(result.settings["total"]), total)
+        assert_near(sums.float(), total, logits)
+        assert_near(torch.tensor(result.settings["total"]), total, logits)
 
 
 def test_finer_parts_sum_to_coarser_ones(nano):
@@ -41,7 +42,7 @@ def test_finer_parts_sum_to_coarser_ones(nano):
             .group_by("pair", "component", "layer").agg(pl.col("value").sum())
             .sort("pair", "layer", "component")
         )  # fmt: skip
-        torch.testing.assert_close(sums["value"].to_torch(), coarse["value"].to_torch(), atol=1e-5, rtol=1e-4)
+        assert_near(sums["value"].to_torch(), coarse["value"].to_torch())
 
 
 def test_padding_changes_nothing(nano):
@@ -99,10 +100,8 @@ def test_the_last_row_of_the_lens_is_the_model(nano):
     with torch.no_grad():
         log_probs = nano(tokens).log_softmax(-1)
     last = logit_lens(nano, tokens, [700, 800], pos=None).frame.filter(pl.col("layer") == nano.cfg.n_layers - 1)
-    torch.testing.assert_close(
-        last["log_probability"].to_torch().reshape(2, 5),
-        torch.stack([log_probs[0, :, 700], log_probs[1, :, 800]]), atol=1e-5, rtol=1e-5,
-    )  # fmt: skip
+    found = last["log_probability"].to_torch().reshape(2, 5)
+    assert_near(found, torch.stack([log_probs[0, :, 700], log_probs[1, :, 800]]), log_probs)
     assert last["top_id"].to_list() == log_probs.argmax(-1).flatten().tolist()
 
 
@@ -126,7 +125,7 @@ def test_expert_lens_adds_up_to_what_the_layers_write(moe, tokens):
         written = cache["mlp_out", 0][0, -1] + cache["mlp_out", 2][0, -1]  # layer 1 is dense
         expected = moe.unembed(written / cache["ln_final.hook_scale"][0, -1] * moe.ln_final.weight)
     found = exploded["top_values"].to_torch().float()
-    torch.testing.assert_close(found, expected - expected.mean(), atol=1e-5, rtol=1e-4)
+    assert_near(found, expected - expected.mean())
 
 
 def test_wrong_requests_are_refused(nano, nano_dense):
@@ -147,9 +146,7 @@ def test_expert_lens_freezes_the_scale_of_each_position(moe, tokens):
         alone = expert_logit_lens(moe, tokens[:, : pos + 1]).frame
         assert mine["expert"].to_list() == alone["expert"].to_list()
         for name in ("top_values", "bottom_values"):
-            torch.testing.assert_close(
-                torch.tensor(mine[name].to_list()), torch.tensor(alone[name].to_list()), atol=1e-5, rtol=1e-4
-            )
+            assert_near(torch.tensor(mine[name].to_list()), torch.tensor(alone[name].to_list()))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from closeness import near
 from torch import Tensor
 
 from workbench.errors import RunError, ShapeError
@@ -131,13 +132,8 @@ def test_equal_to_one_hook_at_a_time_on_transformers_model(
     ).frame.filter((pl.col("pos") > 1) & (pl.col("head").is_null() | pl.col("head").is_in([1, 3])))
     source, target = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
     for (component, layer, head, pos), rows in ours.group_by("component", "layer", "head", "pos", maintain_order=True):
-        theirs = metric(hf_patched(hf, target, source, component, layer, head, pos))
-        assert rows["value"].to_list() == pytest.approx(theirs.tolist(), abs=1e-5, rel=1e-5), (
-            component,
-            layer,
-            head,
-            pos,
-        )
+        theirs = hf_patched(hf, target, source, component, layer, head, pos)
+        assert rows["value"].to_list() == near(metric(theirs), theirs), (component, layer, head, pos)
 
 
 @torch.no_grad()
@@ -196,7 +192,7 @@ def test_under_interventions_both_runs_and_every_patch_are_changed(moe: Qwen3Moe
             return x
 
         logits = moe.run_with_hooks(pairs.corrupt, fwd_hooks=[(name, put)], interventions=[gone])
-        assert rows["value"].to_list() == pytest.approx(metric(logits).tolist(), abs=1e-5)
+        assert rows["value"].to_list() == near(metric(logits), logits)
 
 
 @torch.no_grad()
@@ -217,13 +213,15 @@ def test_versions_padded_differently_are_each_read_as_they_are_alone(nano: Llama
         x[:, here] = cache[point][:, there]
         return x
 
-    assert found == pytest.approx(metric(nano.run_with_hooks(target, fwd_hooks=[(point, put)])).tolist(), abs=1e-4)
+    logits = nano.run_with_hooks(target, fwd_hooks=[(point, put)])
+    assert found == near(metric(logits), logits)
 
 
 def test_patching_all_positions_gives_the_other_run(nano: Llama) -> None:
     pairs = Pairs(torch.arange(300, 306)[None], torch.arange(400, 406)[None])
     result = patch(nano, pairs, logit_difference(700, 900), ["resid_post"], all_positions=True, progress=False)
-    assert result.frame["recovered"].to_list() == pytest.approx([1.0] * 6, abs=1e-5)
+    (clean,), logits = result.settings["clean"], nano(pairs.clean)
+    assert result.frame["value"].to_list() == near([clean] * 6, logits)
     assert set(result.frame["pos"]) == {"all"}
 
 
@@ -244,7 +242,7 @@ def test_a_killed_sweep_continues_and_refuses_another_model(planted: Mechanism, 
     assert list((tmp_path / "parts").glob("0*.parquet")), "some batches are on disk"
     again = patch(m.model, pairs, metric, rows=16, out=tmp_path, progress=False)
     assert again.frame.drop("value", "recovered").equals(whole.frame.drop("value", "recovered"))
-    assert again.frame["recovered"].to_list() == pytest.approx(whole.frame["recovered"].to_list(), abs=1e-5)
+    assert again.frame["value"].to_list() == near(whole.frame["value"].to_list(), m.model(m.clean))
     with torch.no_grad():
         m.model.embed.weight[3] *= 1.01
     with pytest.raises(RunError, match=r"expected settings\.model\.weights"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+from closeness import assert_near
 
 from workbench.errors import ConfigError, HookError
 
@@ -78,7 +79,7 @@ def test_every_act_patch_equals_patching_by_hand(model, tokens):
         for leaf, place, found in cells:
             name = f"blocks.{layer}.{leaf}"
             expected = patched_by_hand(model, corrupt, cache[name], name, place, metric)
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            assert_near(found, expected, bridge(corrupt))
 
 
 @torch.no_grad()
@@ -100,19 +101,20 @@ def test_patching_result_and_generic_patch_of_an_expert_point(nano):
         name = f"blocks.{layer}.mlp.hook_router_logits"
         place = (slice(None), pos)
         expected = patched_by_hand(nano, corrupt, cache[name], name, place, lambda logits: logits[:, -1, 700])
-        torch.testing.assert_close(effect[0], expected - nano(corrupt)[0, -1, 700], atol=1e-5, rtol=1e-4)
+        logits = nano(corrupt)
+        assert_near(effect[0], expected - logits[0, -1, 700], logits)
 
 
 @torch.no_grad()
 def test_decompositions_sum_to_the_stream_and_attributions_to_the_logit(bridged):
     _, bridge, clean, *_ = bridged
     logits, cache = bridge.run_with_cache(clean)
-    torch.testing.assert_close(cache.decompose_resid().sum(0), cache["resid_post", 5], atol=1e-5, rtol=1e-5)
+    assert_near(cache.decompose_resid().sum(0), cache["resid_post", 5])
     heads = cache.stack_head_results(incl_remainder=True)
-    torch.testing.assert_close(heads.sum(0), cache["resid_post", 5], atol=1e-5, rtol=1e-5)
+    assert_near(heads.sum(0), cache["resid_post", 5])
     torch.testing.assert_close(cache.accumulated_resid()[3], cache["resid_pre", 3])
     attributed = cache.logit_attrs(cache.decompose_resid(), tokens=700, incorrect_tokens=900)
-    torch.testing.assert_close(attributed.sum(0), logits[..., 700] - logits[..., 900], atol=1e-4, rtol=1e-5)
+    assert_near(attributed.sum(0), logits[..., 700] - logits[..., 900], logits)
     by_tool = analysis.direct_logit_attribution(bridge, clean, answer_tokens=torch.tensor([700]))
     torch.testing.assert_close(by_tool.attribution.sum(), logits[0, -1, 700], atol=1e-4, rtol=1e-5)
 

@@ -120,6 +120,33 @@ def test_entries_that_are_wrong_are_named(entry: object, message: str) -> None:
         from_json({"format": 1, "interventions": [entry]})
 
 
+def test_a_list_knows_its_file_and_its_document(tmp_path: Path) -> None:
+    items = [KnockOut(experts=(3,), mode="drop"), SteerRouter(experts=(2,), form="hard", seed=7)]
+    path = save_interventions(items, tmp_path / "two.json")
+    document = json.loads(path.read_text())
+    for given in (
+        Interventions.load(path, langs=["ja"]),
+        Interventions.from_json(document, langs=["ja"]),
+        Interventions.from_json(path.read_text(), langs=["ja"]),
+    ):
+        assert to_json(given.items) == document
+        assert given.langs == ["ja"]
+    for text, message in (
+        ("{", "interventions: expected JSON, got Expecting property name"),
+        ("[" * 10**5, "interventions: expected JSON, got maximum recursion depth"),
+        ("[]", "interventions: expected .*format"),
+        (document | {"format": 2}, "interventions: expected .*format"),
+    ):
+        with pytest.raises(InterventionError, match=message):
+            Interventions.from_json(text)
+    document["interventions"][1]["seed"] = "7"
+    with pytest.raises(InterventionError, match=r"intervention 1 \(steer_router\): seed: expected whole numbers"):
+        Interventions.from_json(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(InterventionError, match=r"two\.json: intervention 1 \(steer_router\): seed: expected"):
+        Interventions.load(path)
+
+
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     with pytest.raises(InterventionError, match="expected interventions as JSON"):
         load_interventions(tmp_path / "none.json")

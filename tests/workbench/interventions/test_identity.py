@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from recorded import frozen, own_cache
 from torch import Tensor
 
 from workbench.interventions import (
     AddVector,
     BiasRouter,
     ForceExperts,
-    FreezeRouting,
     Intervention,
     KnockOut,
     PatchActivations,
@@ -31,15 +31,6 @@ from workbench.models import Llama
 
 Make = Callable[[Llama, Tensor], Intervention]
 NOWHERE = Where(positions=())
-
-
-def own_cache(model: Llama, tokens: Tensor) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return model.run_with_cache(tokens)[1]
-
-
-def routing(model: Llama, tokens: Tensor, **options: bool) -> FreezeRouting:
-    return FreezeRouting.from_cache(own_cache(model, tokens), **options)
 
 
 def residual(model: Llama, tokens: Tensor) -> PatchActivations:
@@ -87,7 +78,7 @@ SPARSE: dict[str, tuple[Make, Make]] = {
     ),
     "bias_router": (lambda m, t: BiasRouter(bias=torch.zeros(8)), lambda m, t: BiasRouter(bias=torch.arange(8.0))),
     "swap_routing": (lambda m, t: SwapRouting(rows=(0, 1)), lambda m, t: SwapRouting(rows=(1, 0))),
-    "freeze_routing": (routing, lambda m, t: routing(m, t.flip(0))),
+    "freeze_routing": (frozen, lambda m, t: frozen(m, t.flip(0))),
 }
 CASES = [("llama", kind) for kind in DENSE] + [("moe", kind) for kind in (*DENSE, *SPARSE)]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from recorded import frozen
 from torch import Tensor
 
 from workbench.hooks import HookPoint
 from workbench.interventions import (
     AddVector,
     ForceExperts,
-    FreezeRouting,
     Intervention,
     KnockOut,
     ProjectOut,
@@ -27,19 +27,42 @@ from workbench.interventions import (
 from workbench.models import Llama, Qwen3Moe, build_model, init_weights
 
 
-def own_cache(model: Llama, tokens: Tensor) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return model.run_with_cache(tokens)[1]
-
-
-def routing(model: Llama, tokens: Tensor, **options: bool) -> FreezeRouting:
-    return FreezeRouting.from_cache(own_cache(model, tokens), **options)
-
-
 def cached(model: Llama, tokens: Tensor, leaf: str, change: Intervention | None = None) -> Tensor:
     """The first sparse layer's tensor, as seen by a listener."""
     name = f"blocks.0.{leaf}"
     return model.run_with_cache(tokens, names_filter=name, interventions=[change] if change else ())[1][name]
+
+
+@torch.no_grad()
+def test_the_hard_form_breaks_ties_at_random_and_by_seed(moe: Qwen3Moe) -> None:
+    tokens = torch.randint(5, 60, (3, 40), generator=torch.Generator().manual_seed(5))
+
+    def ties(model_tokens: Tensor, layer: int = 0, **options: object) -> Tensor:
+        """What was added to the edge, at the experts that are steered [batch pos steered]."""
+        name = f"blocks.{layer}.mlp.hook_router_logits"
+        item = SteerRouter(experts=(4, 1), form="hard", **options)
+        before, after = (
+            moe.run_with_cache(model_tokens, names_filter=name, interventions=items)[1][name]
+            for items in ([], [replace(item, where=Where(layers=(layer,)))])
+        )
+        edge = before.amin(-1, keepdim=True) if options.get("activate") is False else before.amax(-1, keepdim=True)
+        return (after - edge)[..., [4, 1]]
+
+    drawn = ties(tokens)
+    assert 0.7e-3 < float(drawn[0].std()) < 1.4e-3, "N(0, 1e-6)"
+    assert abs(float(drawn[0].mean())) < 4e-4
+    assert (drawn[0, :, 0] - drawn[0, :, 1]).abs().max() > 1e-3, "each expert has its own"
+    assert torch.allclose(drawn[0], drawn[2], atol=1e-6), "each row the same"
+    assert torch.allclose(ties(tokens[:1, :7])[0], drawn[0, :7], atol=1e-6), "in any batch"
+    assert torch.allclose(ties(tokens, activate=False), drawn, atol=1e-6)
+    assert torch.allclose(ties(tokens, strength=1.0), 1000 * drawn, atol=2e-3)
+    for other in (ties(tokens, seed=1), ties(tokens, layer=2)):
+        assert (other - drawn).abs().max() > 1e-3
+    item = SteerRouter(experts=(4, 1), form="hard", strength=3.0, seed=2)
+    written = moe.generate(tokens, max_new_tokens=4, stop_ids=(), interventions=[item], record=["router_logits"])
+    whole = moe.run_with_cache(written.tokens, interventions=[item])[1]["router_logits", 2]
+    recorded = written.record.activations["blocks.2.mlp.hook_router_logits"]
+    assert torch.allclose(recorded, whole[:, : recorded.shape[1]], atol=1e-4), "and while decoding"
 
 
 @torch.no_grad()
@@ -204,11 +227,11 @@ def test_swapped_and_frozen_routing_is_the_other_rows(moe: Qwen3Moe, tokens: Ten
     names = ("expert_ids", "routing_weights")
     own = [cached(moe, tokens, f"mlp.hook_{name}") for name in names]
     swapped = [cached(moe, tokens, f"mlp.hook_{name}", SwapRouting(rows=(1, 0))) for name in names]
-    frozen = [cached(moe, tokens, f"mlp.hook_{name}", routing(moe, other)) for name in names]
-    for before, swap, freeze in zip(own, swapped, frozen, strict=True):
+    replayed = [cached(moe, tokens, f"mlp.hook_{name}", frozen(moe, other)) for name in names]
+    for before, swap, freeze in zip(own, swapped, replayed, strict=True):
         assert torch.equal(swap, before.flip(0))
         assert torch.equal(freeze, before.flip(0))
-    ids_only = routing(moe, other, weights=False)
+    ids_only = frozen(moe, other, weights=False)
     assert torch.equal(cached(moe, tokens, "mlp.hook_expert_ids", ids_only), own[0].flip(0))
     probs = cached(moe, tokens, "mlp.hook_router_probs").gather(-1, own[0].flip(0))
     expected = probs / probs.sum(-1, keepdim=True)

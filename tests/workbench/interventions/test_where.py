@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import assert_near
 from torch import Tensor
 
 from workbench.errors import InterventionError
@@ -140,7 +141,7 @@ def test_from_the_residual_stream_it_acts_the_same(moe: Qwen3Moe, tokens: Tensor
     item = KnockOut(experts=(1,), mode="drop", where=Where(layers=(2,), positions=(-1,)))
     resid = moe(tokens, stop_at_layer=1)
     whole = moe(tokens, interventions=[item])
-    assert torch.allclose(moe(resid, start_at_layer=1, interventions=[item]), whole, atol=1e-6)
+    assert_near(moe(resid, start_at_layer=1, interventions=[item]), whole)
 
 
 @pytest.mark.parametrize(

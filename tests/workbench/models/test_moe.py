@@ -11,6 +11,7 @@ from workbench.errors import ConfigError, HookError
 from workbench.hooks import HookPoint
 from workbench.models import Qwen3Moe, build_model, init_weights
 from workbench.models.moe import Moe, expert_load
+from workbench_kernels import Intervene
 
 ROUTER = "blocks.0.mlp."
 
@@ -99,7 +100,7 @@ def test_exact_ties_go_to_the_lowest_id_among_many_experts() -> None:
     probs = (
         torch.rand(1, 500, 128, generator=torch.Generator().manual_seed(0)).mul(6).floor()
     )  # six values: mostly ties
-    ids = moe._top_k(probs)
+    ids = moe._top_k(probs, Intervene())
     expected = sorted(range(128), key=lambda expert: (-float(probs[0, 0, expert]), expert))[:8]
     assert ids[0, 0].tolist() == expected
     order = probs.gather(-1, ids)

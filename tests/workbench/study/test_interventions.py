@@ -67,6 +67,11 @@ def test_the_command_takes_a_file(saved: tuple[Path, Path], tmp_path: Path, caps
     assert main([*arguments, "--out", str(tmp_path / "run"), "--intervention", str(file)]) == 0
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["settings"]["interventions"]["items"] == [{"kind": "knock_out", "experts": [2], "mode": "drop"}]
+    ran = manifest["sittings"][-1]["interventions"]
+    assert [(part, row["kind"], row["ran"], row["why"]) for part, rows in ran.items() for row in rows] == [
+        ("generation", "knock_out", "kernel", ""),
+        ("capture", "knock_out", "hook", "a hook listens at routing_weights"),
+    ]
     file.write_text('{"format": 1, "interventions": [{"kind": "knock_off"}]}')
     assert main([*arguments, "--out", str(tmp_path / "other"), "--intervention", str(file)]) == 2
     assert "expected a kind among" in capsys.readouterr().err

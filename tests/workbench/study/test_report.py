@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -14,6 +15,7 @@ from workbench.io.prompts import Prompt
 from workbench.io.runs import Run
 from workbench.models import Llama
 from workbench.study import Settings, run_study, write_report
+from workbench.study.examples import N_GROUPS, choose_documents
 from workbench.study.report import draw, summarise
 
 
@@ -31,6 +33,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def explorer_data(text: str) -> dict[str, Any]:
+    found = re.search(r'data-workbench-explorer="1">.*?<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    return json.loads(found.group(1))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,9 @@ def test_the_page_has_every_figure_and_stays_small(page: str) -> None:
 
 def test_the_page_asks_for_nothing_outside_itself(page: str) -> None:
     tags = Page(page).tags
-    assert not [name for name, attributes in tags if "src" in attributes or "href" in attributes]
+    links = [attributes[name] for _, attributes in tags for name in ("src", "href") if name in attributes]
+    assert links
+    assert all(link.startswith("#") for link in links), "a page links to itself only"
     policy = next(attributes["content"] for name, attributes in tags if "http-equiv" in attributes)
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert page.count("plotly.js v") == 1
@@ -71,7 +80,9 @@ def test_the_page_asks_for_nothing_outside_itself(page: str) -> None:
 
 def test_hostile_prompts_stay_text(page: str) -> None:
     parsed = Page(page)
-    assert [name for name, _ in parsed.tags].count("script") == 15  # thirteen figures, plotly, our own
+    assert [name for name, _ in parsed.tags].count(
+        "script"
+    ) == 17  # thirteen figures, the explorer's data, plotly, our own, the explorer's
     assert "img" not in [name for name, _ in parsed.tags]
     assert "alert(1)</script>" not in page
 
@@ -83,8 +94,52 @@ def test_hostile_prompts_are_shown_as_they_are(
     text = write_report(run_study(small, hostile, tmp_path, settings)).read_text(encoding="utf-8")
     shown = Page(text).text
     for prompt in hostile:
-        assert prompt.text in shown
+        assert prompt.text in shown  # in the explorer's fallback
     assert "alert(2)>" not in text.replace("alert(2)&gt;", "")
+
+
+def test_the_explorer_holds_pairs_and_efforts_of_the_run(finished_run: Run, page: str) -> None:
+    payload = explorer_data(page)
+    assert payload["compare"]
+    groups = {doc["group_id"] for doc in payload["docs"]}
+    assert 1 <= len(groups) <= N_GROUPS
+    heads = [(doc["group_id"], doc["lang"], doc["effort"]) for doc in payload["docs"]]
+    assert sorted(heads) == sorted(
+        (group, lang, effort) for group in groups for lang in ("ja", "en") for effort in ("low", "medium", "high")
+    )
+    assert [head[1:] for head in heads[:2]] == [("ja", "medium"), ("en", "medium")]
+    tokens = finished_run.tokens.filter(pl.col("doc_id") == payload["docs"][0]["doc_id"]).sort("pos").collect()
+    assert payload["docs"][0]["token_ids"] == tokens["token_id"].to_list()
+
+
+def test_every_card_and_the_explorer_lead_to_each_other(page: str) -> None:
+    tags = Page(page).tags
+    cards = {attributes["id"] for _, attributes in tags if (attributes.get("id") or "").startswith("expert-")}
+    assert cards == {f"expert-{layer}-{expert}" for layer in range(2) for expert in range(8)}
+    links = [attributes for name, attributes in tags if name == "a" and "data-expert" in attributes]
+    assert {f"expert-{link['data-layer']}-{link['data-expert']}" for link in links} == cards
+    assert {link["href"] for link in links} == {"#explorer"}
+    assert [name for name, attributes in tags if attributes.get("id") == "explorer"] == ["h2"]
+
+
+def lengths(**groups: tuple[str, int]) -> pl.DataFrame:
+    """Tokens of made-up groups, each of one topic and two documents of so many tokens."""
+    rows = [
+        {"doc_id": f"{group}-{lang}", "group_id": group, "lang": lang, "effort": None, "topic": topic, "pos": pos}
+        for group, (topic, n) in groups.items()
+        for lang in ("en", "ja")
+        for pos in range(n)
+    ]
+    return pl.DataFrame(rows, schema_overrides={"effort": pl.String})
+
+
+def test_documents_of_the_explorer_are_usual_ones_of_several_topics() -> None:
+    tokens = lengths(a=("food", 9), b=("food", 10), c=("sea", 12), d=("sums", 40), e=("time", 11))
+    assert choose_documents(tokens, 1000) == ["e-ja", "e-en", "b-ja", "b-en", "c-ja", "c-en"]
+    assert choose_documents(tokens, 44) == ["e-ja", "e-en", "b-ja", "b-en"], "whole groups while they fit"
+    assert choose_documents(tokens, 18) == ["a-ja", "a-en"], "the only one that is short enough"
+    assert choose_documents(tokens, 10) == ["a-ja"], "no group fits: documents that do"
+    assert choose_documents(tokens, 8) == []
 
 
 def test_every_number_in_the_findings_is_that_of_the_frames(finished_run: Run, page: str) -> None:
@@ -122,8 +177,8 @@ def test_plain_text_in_one_language_gives_a_smaller_page(small: Llama, prompts: 
     assert "5 texts in English from 5 prompt groups" in text
     assert "英語のプロンプトを与え" in text
     assert "日本語と英語のプロンプト" not in text
-    assert "written by the model" not in text
-    assert "as the model saw it" in text
+    assert "as the model saw them" in text
+    assert {phase for doc in explorer_data(text)["docs"] for _, phase, _ in doc["runs"]} == {"prefill"}
     assert "one pass over each whole text" in text
     assert 'data-figure="divergence"' not in text
     assert "bare text after a BOS token and not answered" in text

@@ -39,6 +39,7 @@ def opened(request: pytest.FixtureRequest, browser, finished_run: Run) -> Iterat
     path = write_report(finished_run)
     context = browser.new_context(color_scheme=request.param, viewport={"width": 1280, "height": 900})
     context.set_offline(True)
+    context.set_default_timeout(120_000)  # a page of 5 MB on a machine that does other things
     page = context.new_page()
     found = Opened(page)
 
@@ -96,4 +97,71 @@ def test_text_is_readable_on_the_page_of_either_scheme(opened: Opened) -> None:
 def test_hostile_prompt_text_runs_nothing(opened: Opened) -> None:
     assert opened.page.locator("body img, body iframe").count() == 0
     scripts = opened.page.locator("script:not([type])").count()
-    assert scripts == 2
+    assert scripts == 3
+    assert opened.problems == []
+
+
+def test_the_explorer_of_the_report_is_driven_by_mouse_and_keyboard(opened: Opened) -> None:
+    page = opened.page
+    place = page.locator("[data-workbench-explorer]")
+    place.scroll_into_view_if_needed()
+    assert place.locator(".wbx-text").count() == 2, "opens with both languages of one prompt"
+    titles = place.locator(".wbx-title").all_inner_texts()
+    assert titles[0].startswith("Japanese, medium effort")
+    assert titles[1].startswith("English, medium effort")
+    token = place.locator(".wbx-text").nth(1).locator(".wbx-in-user [data-t]").nth(1)
+    token.hover()
+    assert f"“{token.inner_text()}”" in place.locator(".wbx-map-title").nth(1).inner_text()
+
+    place.get_by_label("beside").select_option(index=3)  # another effort of the same prompt
+    assert place.locator(".wbx-title").nth(1).inner_text().startswith("Japanese, low effort")
+    place.get_by_label("colour").select_option("pair")
+    assert "bits" in place.locator(".wbx-legend").inner_text()
+
+    place.locator(".wbx-text [data-t][tabindex='0']").first.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert place.locator(".wbx-pinned").get_attribute("data-t") == "1"
+    place.locator(".wbx-map").first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert place.locator(".wbx-card").is_visible()
+    page.keyboard.press("Escape")
+    assert place.locator(".wbx-card").is_hidden()
+    assert place.locator(".wbx-pinned").count() == 0
+    assert opened.problems == []
+
+
+def test_a_click_on_an_expert_leads_to_its_card_and_back(opened: Opened) -> None:
+    page = opened.page
+    place, canvas = page.locator("[data-workbench-explorer]"), page.locator(".wbx-map").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    canvas.click(position={"x": 34 + (box["width"] - 34) * 5.5 / 8, "y": (box["height"] - 20) * 1.5 / 2})
+    assert place.locator(".wbx-card h3").inner_text().startswith("Layer 1, expert 5")
+    place.get_by_role("link", name="to its card").click()
+    card = page.locator("#expert-1-5")
+    card.wait_for(state="visible")
+    page.wait_for_function(
+        "() => { const box = document.getElementById('expert-1-5').getBoundingClientRect();"
+        " return box.top >= -1 && box.top < innerHeight; }"
+    )
+    page.locator("#expert-1-2 a").click()
+    assert place.locator(".wbx-card h3").inner_text().startswith("Layer 1, expert 2")
+    page.wait_for_function("document.getElementById('explorer').getBoundingClientRect().top < innerHeight")
+    page.keyboard.press("Escape")
+    assert opened.problems == []
+
+
+def test_without_scripts_the_conversations_stay_readable(browser, finished_run: Run) -> None:
+    path = write_report(finished_run)
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.set_default_timeout(120_000)
+    page.goto(path.as_uri())
+    assert page.get_by_text("This view needs scripts").is_visible()
+    token = page.locator(".wbx-plain span[title]").first
+    assert token.is_visible()
+    assert "layers 0 to 1" in token.get_attribute("title")
+    assert page.locator(".wbx-plain").all_inner_texts()
+    page.context.close()
