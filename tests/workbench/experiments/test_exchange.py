@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import polars as pl
 import pytest
 import torch
@@ -57,8 +59,6 @@ def test_the_run_is_undisturbed(moe: Qwen3Moe, other: Qwen3Moe) -> None:
 def test_models_of_other_shapes_are_refused(moe: Qwen3Moe, llama) -> None:
     with pytest.raises(ConfigError, match="expected a mixture of experts"):
         exchanged_routing(llama, moe, NAMES, SEQUENCES)
-    from dataclasses import replace
-
     small = build_model(replace(moe.cfg, sparse_layers=(True, True, True)))
     with pytest.raises(ConfigError, match="expected the same layers and width"):
         exchanged_routing(moe, small, NAMES, SEQUENCES)
