@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ import pytest
 
 from workbench.cli import _parser
 from workbench.interventions import from_json
+from workbench.io.prompts import Prompt
 from workbench.io.runs import Run
+from workbench.models import Llama
+from workbench.study.plan import Settings
+from workbench.study.run import run_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -30,11 +35,18 @@ def blocks(guide: str, *languages: str) -> list[str]:
 WITH_PYTHON = [guide for guide in GUIDES if blocks(guide, "python")]
 
 
+@pytest.fixture(scope="module")
+def run_with_logits(
+    small: Llama, prompts: list[Prompt], settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    return run_study(small, prompts, tmp_path_factory.mktemp("logits"), replace(settings, router_logits=True))
+
+
 @pytest.fixture
-def beside_runs(finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def beside_runs(run_with_logits: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the runs and the notebook that pages open; the run is a small one."""
     for name in ("demo", "nano-moe-thinking"):
-        shutil.copytree(finished_run.path, tmp_path / "runs" / name)
+        shutil.copytree(run_with_logits.path, tmp_path / "runs" / name)
     shutil.copytree(REPOSITORY / "notebooks", tmp_path / "notebooks")
     monkeypatch.chdir(tmp_path)
     return tmp_path

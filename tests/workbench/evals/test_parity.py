@@ -38,8 +38,8 @@ def instances(kind: str) -> list[Instance]:
 
 
 def assert_same(found: list[Any], wanted: list[Any], what: str) -> None:
-    """Texts and greediness equal; numbers within 1e-5 of the largest."""
-    scale = max((abs(number) for value in wanted for number in _numbers(value)), default=1.0)
+    """Texts and greediness equal; numbers within 1e-5 of the largest, or of 1 nat: a sum of logits rounds by those."""
+    scale = max([1.0, *(abs(number) for value in wanted for number in _numbers(value))])
     for one, other in zip(found, wanted, strict=True):
         if isinstance(other, str):
             assert one == other, what
