@@ -113,7 +113,8 @@ def test_every_module_and_every_public_name_is_in_the_reference(site: Path, page
         parts = file.relative_to(root).with_suffix("").parts
         if parts[-1] == "__init__":
             parts = parts[:-1]
-        if not any(part.startswith("_") for part in parts):
+        is_module = (file.parent / "__init__.py").is_file()  # the harness reads its task files by their place
+        if is_module and not any(part.startswith("_") for part in parts):
             assert f"{'.'.join(parts)}" in anchors, parts
     index = (site / "reference" / "workbench.html").read_text(encoding="utf-8")
     for name in workbench.__all__:
