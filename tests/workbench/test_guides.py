@@ -55,12 +55,14 @@ def test_python_runs(guide: str, beside_runs: Path) -> None:
 def test_python_parses_and_commands_exist(guide: str) -> None:
     for block in blocks(guide, "python"):
         compile(block, guide, "exec")
-    for command in "".join(blocks(guide, "", "sh")).splitlines():
+    for command in "".join(blocks(guide, "", "sh")).replace("\\\n", " ").splitlines():
         words = [word for word in shlex.split(command, comments=True) if "=" not in word or word.startswith("-")]
         if words[:1] == ["workbench"]:
             _parser().parse_args(words[1:])
+        elif words[:1] == ["make"]:
+            assert f"\n{words[1]}:" in (REPOSITORY / "Makefile").read_text("utf-8"), command
         elif words:
-            assert words[0] == "python", command
+            assert words[0] in ("python", "papermill"), command
             assert [word for word in words[1:] if (REPOSITORY / word).exists() and "/" in word], command
 
 

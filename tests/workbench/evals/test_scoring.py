@@ -88,7 +88,8 @@ def test_a_change_of_one_language_leaves_the_other_alone(moe: Llama) -> None:
     pairs = [Pair(pair.context, pair.continuation, lang) for pair in pairs_of(4) for lang in ("ja", "en", None)]
     plain, changed = score(moe, pairs, batch_size=4), score(moe, pairs, gone, batch_size=4)
     for pair, before, after in zip(pairs, plain, changed, strict=True):
-        assert (before == after) == (pair.lang != "ja")
+        # an expert that loses rows of the batch may round the others' differently
+        assert (after[0] == pytest.approx(before[0], rel=1e-5)) == (pair.lang != "ja")
 
 
 def test_what_is_too_long_is_refused(model: Llama) -> None:
