@@ -59,7 +59,7 @@ slow: $(VENV)/dev
 
 browser: $(VENV)/dev
 	@sh .ci/install-chromium
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -m browser $(TESTS)
 
 lab: $(VENV)/notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

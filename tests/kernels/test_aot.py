@@ -24,6 +24,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)  # more than a thousand compilations
 def test_what_ships_compiles_well_for_every_architecture() -> None:
     """The ledger has every launch without a problem; the covering set and a daily sample come out as it says."""
     done = run(str(TOOL), "--sample", "200", "--jobs", "2")
