@@ -58,6 +58,7 @@ def patch(
     *,
     layers: Sequence[int] | None = None,
     all_positions: bool = False,
+    together: Mapping[str, Sequence[Any]] | None = None,
     direction: str = "denoise",
     rows: int | None = None,
     out: str | Path | None = None,
@@ -70,20 +71,25 @@ def patch(
     without heads), `pos` (number or label), `pair`, `value` of the metric and `recovered`, which is 0 at the corrupt
     and 1 at the clean run's value, in both directions. `result.mean("recovered", by=[...])` adds intervals over pairs.
 
-    all_positions: patch a component at all positions at once. rows: how many sequences run together; by default chosen
-    by their length and the device. out: a directory that a killed sweep continues from. Raises ShapeError when the
-    metric does not tell clean from corrupt.
+    all_positions: patch a component at all positions at once. together: sets of the pairs' named positions, each under
+    a label of its own, that are also patched all at once, for an answer that is partly at its subject and partly at the
+    end already. rows: how many sequences run together; by default chosen by their length and the device. out: a
+    directory that a killed sweep continues from. Raises ShapeError when the metric does not tell clean from corrupt, or
+    when `together` names what is not there.
     """
     names = [components] if isinstance(components, str) else list(components)
     check_choices(components=names, layers=layers)
-    if all_positions and pairs.corrupt_mask is not None:
-        raise ShapeError("all_positions: expected versions of one length, got masks that differ. Name positions.")
-    columns = {ALL: None} if all_positions else pairs.columns()
+    sets = dict(together or {})
+    if all_positions and (sets or pairs.corrupt_mask is not None):
+        wrong = "sets of positions" if sets else "masks that differ"
+        raise ShapeError(f"all_positions: expected versions of one length and no sets, got {wrong}. Name positions.")
+    columns = {ALL: None} if all_positions else pairs.columns() | _sets(pairs, sets)
     cells = list(_cells(model, names, layers, list(columns)))
     runs = Runs(model, pairs, metric, {COMPONENTS[name] for name in names}, direction)
     settings = {
         "experiment": "patching", "components": names, "layers": sorted({cell.layer for cell in cells}),
         "positions": ALL if all_positions else list(columns), **runs.describe(),
+        "together": {label: list(members) for label, members in sets.items()},
     }  # fmt: skip
 
     def measure(batch: Sequence[Cell]) -> pl.DataFrame:
@@ -96,6 +102,22 @@ def patch(
     order = {name: place for place, name in enumerate(names)}
     sorted_frame = result.frame.sort(pl.col("component").replace_strict(order), "layer", "head", maintain_order=True)
     return Result(sorted_frame, result.settings)
+
+
+def _sets(pairs: Pairs, together: Mapping[str, Sequence[Any]]) -> dict[Any, Any]:
+    """For each set its members' columns [member pair] in the clean and in the corrupt version."""
+    single = pairs.columns()
+    found = {}
+    for label, members in together.items():
+        if pairs.positions is None or not members or not set(members) <= set(single) or label in single:
+            raise ShapeError(
+                f"together: expected a new label for some of the pairs' named positions, got {label!r} for "
+                f"{', '.join(map(repr, members)) or 'none'}. Name positions in Pairs(positions=...); there are "
+                f"{', '.join(map(repr, pairs.positions or ())) or 'none'}."
+            )
+        sides = zip(*(single[member] for member in members), strict=True)
+        found[label] = tuple(torch.stack(side) for side in sides)
+    return found
 
 
 def _cells(model: Llama, names: Sequence[str], layers: Sequence[int] | None, labels: Sequence[Any]) -> Iterator[Cell]:
@@ -122,7 +144,7 @@ def _run_cells(runs: Runs, cells: Sequence[Cell], columns: Mapping[Any, Any]) ->
     here = {label: runs.columns(places) for label, places in columns.items() if places is not None}
     for start, places in by_start.items():
         chosen = [cells[place] for place in places]
-        first = 0 if ALL in columns else runs.start(torch.stack([here[cell.pos][1] for cell in chosen]))
+        first = 0 if ALL in columns else runs.start(torch.cat([here[cell.pos][1].flatten() for cell in chosen]))
         x = runs.resid[start][:, first:].repeat(len(chosen), 1, 1)  # [(cell pair) pos d_model]
         hooks = []
         for component in dict.fromkeys(cell.component for cell in chosen):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,30 @@ def test_named_positions_align_prompts_of_several_lengths(nano: Llama) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("component", ["resid_post", "attn_out"])
+def test_a_set_of_positions_is_patched_at_once(nano: Llama, component: str) -> None:
+    clean, corrupt = (torch.randint(300, 2800, (2, 6), generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    places = {"first": [(1, 2), (0, 1)], "last": [-1, -1], "other": [3, 3]}
+    pairs, metric = Pairs(clean, corrupt, positions=places), logit_difference(400, 500)
+    sets = {"two": ["first", "last"]}
+    table = patch(nano, pairs, metric, component, layers=[1, 3], together=sets, progress=False).frame
+    for layer in (1, 3):
+        name = f"blocks.{layer}.{COMPONENTS[component]}"
+        _, cache = nano.run_with_cache(clean, names_filter=name)
+
+        def put(x: Tensor, hook: HookPoint, cache: Mapping[str, Tensor] = cache) -> Tensor:
+            x, new = x.clone(), cache[hook.name]
+            x[0, [2, 5]], x[1, [1, 5]] = new[0, [1, 5]], new[1, [0, 5]]
+            return x
+
+        expected = metric(nano.run_with_hooks(corrupt, fwd_hooks=[(name, put)]))
+        rows = table.filter(pl.col("layer") == layer, pl.col("pos") == "two")
+        assert rows["value"].to_list() == pytest.approx(expected.tolist(), abs=2e-5)
+    alone = patch(nano, pairs, metric, component, layers=[1, 3], progress=False).frame
+    assert table.filter(pl.col("pos") != "two")["value"].to_list() == pytest.approx(alone["value"].to_list(), abs=2e-5)
+
+
+@torch.no_grad()
 def test_under_interventions_both_runs_and_every_patch_are_changed(moe: Qwen3Moe, tokens: Tensor) -> None:
     gone = KnockOut(experts=(1, 4), mode="reroute", where=Where(positions=(-1, 2)))
     pairs, metric = Pairs(tokens, tokens.flip(1)), logit_difference(40, 50)
@@ -280,6 +304,18 @@ PAIRS = Pairs(torch.arange(300, 306)[None], torch.arange(400, 406)[None])
         (
             lambda m: Pairs(PAIRS.clean, PAIRS.corrupt, positions={"s": [6]}).columns(),
             "expected places inside the prompts",
+        ),
+        (
+            lambda m: patch(m, PAIRS, logit_difference(1, 2), together={"both": [0, 1]}),
+            "together: expected a new label for some of the pairs' named positions, got 'both' for 0, 1",
+        ),
+        (
+            lambda m: patch(m, replace(PAIRS, positions={"s": [1]}), logit_difference(1, 2), together={"t": ["u"]}),
+            "got 't' for 'u'. Name positions .* there are 's'",
+        ),
+        (
+            lambda m: patch(m, PAIRS, logit_difference(1, 2), all_positions=True, together={"t": ["u"]}),
+            "all_positions: expected .* no sets",
         ),
         (lambda m: PAIRS.only("subject"), "pos: expected one of 0, 1, 2, 3, 4, 5, got 'subject'"),
     ],

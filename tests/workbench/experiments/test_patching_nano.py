@@ -54,8 +54,7 @@ def capitals(model: Llama, lang: str) -> tuple[Pairs, Metric]:
     pairs = Pairs(clean, clean.roll(1, 0))
     subject = changed_column(pairs)
     # what comes before the subject is the same in both versions: one place there stands for all
-    positions = {pos: [pos] * len(clean) for pos in (subject - 1, *range(subject, clean.shape[1]))}
-    return replace(pairs, positions=positions), logit_difference(answers, answers.roll(1))
+    return name_places(pairs, range(subject - 1, clean.shape[1])), logit_difference(answers, answers.roll(1))
 
 
 def sums(model: Llama) -> tuple[Pairs, Metric]:
@@ -75,7 +74,8 @@ def sums(model: Llama) -> tuple[Pairs, Metric]:
     right, wrong = ids([a + b for a, b, _ in chosen]), ids([other + b for _, b, other in chosen])
     knows = (model(clean)[:, -1].argmax(-1) == right) & (model(corrupt)[:, -1].argmax(-1) == wrong)
     assert int(knows.sum()) >= 6, "a model that was trained on them"
-    return Pairs(clean[knows], corrupt[knows]), logit_difference(right[knows], wrong[knows])
+    pairs = Pairs(clean[knows], corrupt[knows])
+    return name_places(pairs, range(pairs.n_pos)), logit_difference(right[knows], wrong[knows])
 
 
 def changed_column(pairs: Pairs) -> int:
@@ -83,54 +83,60 @@ def changed_column(pairs: Pairs) -> int:
     return int(column)
 
 
-def means(
-    model: Llama, pairs: Pairs, metric: Metric, **options: Any
-) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Of the stream after each layer: at the token that changed, at the last one, and elsewhere."""
-    table = patch(model, pairs, metric, "resid_post", progress=False, **options).mean("recovered", by=["layer", "pos"])
-    changed, last = pl.col("pos") == changed_column(pairs), pl.col("pos") == pairs.n_pos - 1
-    return table.filter(changed).sort("layer"), table.filter(last).sort("layer"), table.filter(~changed & ~last)
+def name_places(pairs: Pairs, columns: range) -> Pairs:
+    """The token that changed, the last one, and the others by their number."""
+    names = {changed_column(pairs): "changed", pairs.n_pos - 1: "last"}
+    return replace(pairs, positions={names.get(pos, str(pos)): [pos] * pairs.n_pairs for pos in columns})
+
+
+def means(model: Llama, pairs: Pairs, metric: Metric, **options: Any) -> dict[str, pl.DataFrame]:
+    """Of the stream after each layer: at the token that changed, at the last one, at both at once, and elsewhere."""
+    result = patch(
+        model, pairs, metric, "resid_post", together={"both": ["changed", "last"]}, progress=False, **options
+    )
+    table = result.mean("recovered", by=["layer", "pos"]).sort("layer")
+    found = {pos: table.filter(pl.col("pos") == pos) for pos in ("changed", "last", "both")}
+    return found | {"elsewhere": table.filter(~pl.col("pos").is_in(list(found)))}
 
 
 def random_sites(elsewhere: pl.DataFrame) -> pl.Series:
     return elsewhere.sort("layer", "pos").sample(12, seed=0)["mean"].abs()
 
 
+def assert_it_is_there_and_nowhere_else(found: dict[str, pl.DataFrame], n_layers: int) -> None:
+    """The answer goes from the token it is about to the end; how fast, layer by layer, is the model's affair."""
+    changed, last, both = (found[pos]["mean"] for pos in ("changed", "last", "both"))
+    assert both[1:].min() >= 0.9, "the two places hold the answer, in every layer that has read the prompt"
+    assert found["both"]["low"][1:].min() >= 0.85, "over the pairs too"
+    assert changed[0] > 0.65, "all of it, or nearly, is at the token"
+    assert last[0] < 0.1, "not yet"
+    assert last[n_layers - 1] == pytest.approx(1, abs=1e-3)
+    assert abs(changed[n_layers - 1]) < 1e-3, "no longer"
+    assert random_sites(found["elsewhere"]).mean() < 0.05, "a random site restores nothing"
+    assert found["elsewhere"]["mean"].abs().median() < 0.01, "nor do most sites, looked at one by one"
+
+
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize("lang", ["ja", "en"])
-def test_a_fact_is_at_its_subject_until_it_is_at_the_end(nano: Llama, lang: str) -> None:
-    """Which layer moves it is the model's affair; that it is at one of the two places, and nowhere else, is not."""
-    pairs, metric = capitals(nano, lang)
-    subject, end, elsewhere = means(nano, pairs, metric)
-    early = subject.filter(pl.col("layer") < nano.cfg.n_layers // 2)
-    best = early.row(early["mean"].arg_max(), named=True)
-    assert best["mean"] >= 0.85, early
-    assert best["low"] > 0.7, "over the pairs too"
-    assert end["mean"][-1] == pytest.approx(1, abs=1e-3)
-    assert end["mean"][0] < 0.2, "not yet"
-    assert subject["mean"][0] > subject["mean"][-1], "no longer"
-    assert random_sites(elsewhere).mean() < 0.03, "a random site restores nothing"
-    assert random_sites(elsewhere).max() < 0.15
+def test_a_fact_goes_from_its_subject_to_the_end(nano: Llama, lang: str) -> None:
+    found = means(nano, *capitals(nano, lang))
+    assert_it_is_there_and_nowhere_else(found, nano.cfg.n_layers)
+    assert found["both"]["mean"][0] >= 0.9
+    assert found["changed"]["mean"][0] > 0.85, "nearly all of it is still at the subject"
 
 
 @torch.no_grad()
 @pytest.mark.slow
 def test_noising_the_subject_destroys_the_fact(nano: Llama) -> None:
-    pairs, metric = capitals(nano, "en")
-    subject, _, elsewhere = means(nano, pairs, metric, direction="noise")
-    assert subject["mean"].min() < 0.1
-    assert random_sites(elsewhere).min() > 0.85
+    found = means(nano, *capitals(nano, "en"), direction="noise")
+    assert found["changed"]["mean"].min() < 0.1
+    assert found["both"]["mean"][1:].max() < 0.1
+    assert random_sites(found["elsewhere"]).min() > 0.85
 
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_a_sum_moves_from_its_number_to_the_end(nano: Llama) -> None:
-    pairs, metric = sums(nano)
-    number, end, elsewhere = means(nano, pairs, metric)
-    inner = slice(0, nano.cfg.n_layers - 1)  # after the last layer the end is all there is
-    assert max(number["mean"][inner].max(), end["mean"][inner].max()) >= 0.6  # it is partly at both
-    assert end["mean"][-1] == pytest.approx(1, abs=1e-3)
-    assert number["mean"][0] > 0.5 > end["mean"][0]
-    assert number["mean"][nano.cfg.n_layers - 2] < 0.5 < end["mean"][nano.cfg.n_layers - 2]
-    assert random_sites(elsewhere).mean() < 0.05, "a random site restores nothing"
+def test_a_sum_goes_from_its_number_to_the_end(nano: Llama) -> None:
+    found = means(nano, *sums(nano))
+    assert_it_is_there_and_nowhere_else(found, nano.cfg.n_layers)
