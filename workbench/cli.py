@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from workbench.arguments import add_runtime, interventions_of, model_of, names
 from workbench.errors import WorkbenchError
 from workbench.evals.commands import add_commands
 
@@ -32,10 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(arguments: argparse.Namespace) -> None:
     """Load, run, capture, report."""
-    from workbench.interventions import load_interventions
     from workbench.io.hub import model_name
     from workbench.io.prompts import BUNDLED_PROMPTS, load_prompts
-    from workbench.io.weights import load_model
     from workbench.study import run_study, write_report
     from workbench.study.compare import compare_models
     from workbench.study.experts import measure_experts
@@ -45,8 +44,7 @@ def study(arguments: argparse.Namespace) -> None:
 
     check_seed(arguments.seed)
     prompts = choose_prompts(load_prompts(arguments.prompts or BUNDLED_PROMPTS), arguments.limit)
-    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "auto")
-    model = load_model(arguments.model, dtype=dtype, device=arguments.device, moe_impl=arguments.moe_impl)
+    model = model_of(arguments)
     settings = settings_for(
         model.chat_template,
         template=arguments.template,
@@ -55,7 +53,7 @@ def study(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         router_logits=arguments.router_logits,
         norms=arguments.norms,
-        interventions=load_interventions(arguments.intervention) if arguments.intervention else (),
+        interventions=interventions_of(arguments.intervention),
     )
     out = arguments.out or Path("runs") / model_name(arguments.model)
     run = run_study(model, prompts, out, settings)
@@ -66,8 +64,7 @@ def study(arguments: argparse.Namespace) -> None:
     if arguments.experts:
         measure_experts(model, run)
     if arguments.compare:
-        other = load_model(arguments.compare, dtype=dtype, device=arguments.device, moe_impl=arguments.moe_impl)
-        compare_models(model, other, run)
+        compare_models(model, model_of(arguments, arguments.compare), run)
     print(write_report(run))
 
 
@@ -125,9 +122,7 @@ def memory(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve a model over HTTP until told to stop."""
-    from workbench.interventions import load_interventions
     from workbench.io.hub import model_name
-    from workbench.io.weights import load_model
     from workbench.memory import available_memory
     from workbench.serve.command import api_key, limits_of, need_server
     from workbench.serve.run import check_address
@@ -138,9 +133,8 @@ def serve(arguments: argparse.Namespace) -> None:
     key = api_key(arguments.api_key, arguments.api_key_file)
     check_address(arguments.host, key)  # before minutes of loading
     limits = limits_of(arguments)
-    items = load_interventions(arguments.intervention) if arguments.intervention else ()
-    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "auto")
-    model = load_model(arguments.model, dtype=dtype, device=arguments.device, moe_impl=arguments.moe_impl)
+    items = interventions_of(arguments.intervention)
+    model = model_of(arguments)
     identity = Identity(arguments.name or model_name(arguments.model), items, arguments.date, key)
     run(Service(model, identity, limits, available_memory(arguments.device)), arguments.host, arguments.port)
 
@@ -175,7 +169,7 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="columns of the prompt a pass (default: %(default)s)",
     )
-    add("--record", type=_names, default=(), metavar="LIST", help="routing and hook points, such as routing,resid_post")
+    add("--record", type=names, default=(), metavar="LIST", help="routing and hook points, such as routing,resid_post")
     add("--in-memory", action="store_true", help="keep records in memory instead of files")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     add("--experts", choices=("plain", "int8", "int4"), default="plain", help="how experts are held (default: plain)")
@@ -205,9 +199,7 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     add("--stall-seconds", type=float, metavar="S", help="longest that a reader may take nothing (default: 60)")
     add("--buffer", type=int, metavar="N", help="tokens kept for a slow reader (default: 64)")
     add("--drain-seconds", type=float, metavar="S", help="for what runs when the server is stopped (default: 60)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on CPU, else as stored")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
-    add("--moe-impl", default="auto", help="how experts are computed (default: %(default)s)")
+    add_runtime(command)
     command.set_defaults(run=serve)
 
 
@@ -216,15 +208,13 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     add("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="name or directory (default: %(default)s)")
     add("--prompts", type=Path, metavar="FILE", help="JSONL, CSV or Parquet (default: the bundled prompts)")
     add("--out", type=Path, metavar="DIR", help="run directory (default: runs/MODEL); an unfinished run is continued")
-    add("--efforts", type=_names, metavar="LIST", help="some of low,medium,high (default: all)")
+    add("--efforts", type=names, metavar="LIST", help="some of low,medium,high (default: all)")
     add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 192 in a chat, 0 for plain text)")
     add("--batch-size", type=int, default=32, metavar="N", help="conversations per pass (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="use only N prompt groups, spread over the file")
     add("--intervention", type=Path, metavar="FILE", help="JSON of interventions to run under (docs/interventions.md)")
     add("--template", choices=("harmony", "plain"), help="default: harmony if the model has a chat template")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on CPU, else as stored")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
-    add("--moe-impl", default="auto", help="how experts are computed (default: %(default)s)")
+    add_runtime(command)
     add("--router-logits", action=toggle, default=True, help="keep the router logits of all experts (default: yes)")
     add("--experts", action=toggle, default=False, help="also remove and force experts, see what they write (minutes)")
     add("--header-swap", nargs="*", default=(), choices=("effort", "channel"), help="read again with another header")
@@ -255,7 +245,3 @@ def _add_seed(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seed", type=int, metavar="N", help="of the statistics' resampling (default: that of the last report, or 0)"
     )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -153,7 +153,9 @@ def test_hooks_of_the_caller_receive_tensors_that_may_be_trained_on(llama: Llama
     kept: list[Tensor] = []
     with llama.hooks([("blocks.0.hook_resid_post", lambda x, hook: kept.append(x))]):
         llama.generate(tokens, max_new_tokens=2, stop_ids=())
-    torch.nn.Linear(32, 1)(kept[0]).sum().backward()
+    probe = torch.nn.Linear(32, 1)
+    probe(kept[0]).sum().backward()
+    assert probe.weight.grad is not None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from workbench.arguments import add_runtime, interventions_of, model_of, names
 from workbench.errors import RunError
 
 MODES = ("reroute", "drop", "drop_renormalise")
@@ -73,7 +74,7 @@ def judge_export(arguments: argparse.Namespace) -> None:
     """Answer benchmarks; print the files written."""
     from workbench.evals.judge import Asking, export
 
-    model = _load(arguments)
+    model = model_of(arguments)
     asking = Asking(
         effort=None if arguments.effort == "none" else arguments.effort,
         date=arguments.date,
@@ -83,7 +84,7 @@ def judge_export(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
     )
     benchmarks = dict(_benchmark(text) for text in arguments.benchmark)
-    changes = _interventions(arguments.intervention)
+    changes = interventions_of(arguments.intervention)
     for path in export(model, benchmarks, arguments.out, asking, name=arguments.name, limit=arguments.limit,
                        interventions=changes, overwrite=arguments.overwrite):  # fmt: skip
         print(path)
@@ -106,7 +107,7 @@ def _targets(model: Any, arguments: argparse.Namespace) -> list[Any]:
         for name, places in named.items()
     ]
     if arguments.intervention:
-        targets.append(target_of(arguments.intervention.stem, _interventions(arguments.intervention), model))
+        targets.append(target_of(arguments.intervention.stem, interventions_of(arguments.intervention), model))
     if not targets:
         raise RunError("ablate: expected --experts, --run or --intervention, got none of them.")
     return targets
@@ -126,8 +127,8 @@ def _language_model(arguments: argparse.Namespace) -> Any:
     from workbench.evals.adapter import WorkbenchLM
 
     return WorkbenchLM(
-        _load(arguments),
-        _interventions(getattr(arguments, "intervention", None) if arguments.run is evaluate else None),
+        model_of(arguments),
+        interventions_of(getattr(arguments, "intervention", None) if arguments.run is evaluate else None),
         batch_size=arguments.batch_size,
         effort=None if arguments.effort == "none" else arguments.effort,
         date=arguments.date,
@@ -135,19 +136,6 @@ def _language_model(arguments: argparse.Namespace) -> Any:
         answers=arguments.answers,
         seed=arguments.seed,
     )
-
-
-def _load(arguments: argparse.Namespace) -> Any:
-    from workbench.io.weights import load_model
-
-    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "auto")
-    return load_model(arguments.model, dtype=dtype, device=arguments.device, moe_impl=arguments.moe_impl)
-
-
-def _interventions(file: Path | None) -> tuple[Any, ...]:
-    from workbench.interventions import load_interventions
-
-    return load_interventions(file) if file else ()
 
 
 def _benchmark(text: str) -> tuple[str, str]:
@@ -167,19 +155,15 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _modes(text: str) -> tuple[str, ...]:
-    unknown = [name for name in _names(text) if name not in MODES]
-    if unknown or not _names(text):
+    unknown = [name for name in names(text) if name not in MODES]
+    if unknown or not names(text):
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(MODES)}, got {text!r}")
-    return _names(text)
+    return names(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(name) for name in _names(text))
+    return tuple(int(name) for name in names(text))
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -187,15 +171,13 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="name or directory")
     add("--effort", choices=("low", "medium", "high", "none"), default="medium", help="of conversations (%(default)s)")
     add("--batch-size", type=int, default=32, metavar="N", help="sequences per pass (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on CPU, else as stored")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
-    add("--moe-impl", default="auto", help="how experts are computed (default: %(default)s)")
+    add_runtime(command)
     add("--limit", type=int, metavar="N", help="the first N items of each task")
 
 
 def _add_tasks(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--tasks", type=_names, required=True, metavar="LIST", help="tasks, groups or tags; ours are workbench_...")
+    add("--tasks", type=names, required=True, metavar="LIST", help="tasks, groups or tags; ours are workbench_...")
     add("--chat", action="store_true", help="render every item as a conversation")
     add("--num-fewshot", type=int, metavar="N", help="examples before each item")
     add("--date", default="2026-01-01", help="of conversations, YYYY-MM-DD (default: %(default)s)")

@@ -118,4 +118,5 @@ def test_what_cannot_be_quantised_is_refused(plain: Llama, tmp_path: Path) -> No
 
 def test_a_fallback_says_that_it_dequantises() -> None:
     with pytest.warns(UserWarning, match="moe_impl 'sorted': every expert that is hit is dequantised in every call"):
-        build_model(CFG, experts="int8")
+        model = build_model(CFG, experts="int8")
+    assert model.moe_impl == "sorted"
