@@ -46,8 +46,8 @@ class Lab:
 
 
 @contextmanager
-def running_lab(folder: Path, notebooks: Sequence[Path]) -> Iterator[Lab]:
-    """JupyterLab over copies of the notebooks in `folder`, which draws every cell at once and asks for no news."""
+def running_lab(folder: Path, notebooks: Sequence[Path] = ()) -> Iterator[Lab]:
+    """JupyterLab over `folder`, with copies of the notebooks, which draws every cell at once and asks for no news."""
     for path in notebooks:
         shutil.copy(path, folder)
     with socket.socket() as free:

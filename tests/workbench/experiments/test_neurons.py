@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
@@ -11,6 +14,7 @@ import torch.nn.functional as F
 from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.neurons import Activity, ablate_neurons, average_precision, lape, neuron_activity
 
+TASKS = Path(__file__).resolve().parents[3] / "workbench" / "evals" / "tasks"
 JA, EN = range(10, 30), range(30, 60)  # token ids of two made-up languages
 EXPERT, NEURON = 2, 4
 
@@ -152,24 +156,34 @@ def test_silencing_is_silencing_and_only_that(planted):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.slow
-def test_neurons_of_a_trained_model_are_judged_beside_as_many_random_ones(nano_dense):
-    """Whether they cost Japanese more is the checkpoint's affair; that they move it alone is not."""
-    from workbench.io.prompts import load_prompts, select
+def said_in_both_languages() -> list[tuple[str, str, str]]:
+    """Facts as the bundled models were taught to say them: text, language, group."""
+    rows = [json.loads(line) for line in (TASKS / "facts.jsonl").read_text(encoding="utf-8").splitlines()]
+    start = "<|startoftext|>"
+    return [
+        (row["prompt"].removeprefix(start) + row["choices"][row["gold"]], row["lang"], row["group"]) for row in rows
+    ]
 
-    prompts = [prompt for prompt in load_prompts() if prompt.kind == "parallel"]
-    made, held_out = select(prompts, split="discovery")[:80], select(prompts, split="validation")[:40]
+
+@pytest.mark.slow
+def test_japanese_neurons_of_a_trained_model_cost_japanese_alone(nano_dense):
+    groups = sorted({group for *_, group in said_in_both_languages()})
+    chosen_on = set(groups[::2])
+    made = [row for row in said_in_both_languages() if row[2] in chosen_on]
+    held_out = [row for row in said_in_both_languages() if row[2] not in chosen_on]
     encode = nano_dense.tokenizer.to_tokens
-    activity = neuron_activity(
-        nano_dense, [encode(p.text, bos=True) for p in made], [p.lang for p in made], [p.group_id for p in made]
-    )
-    chosen = average_precision(activity, "ja").frame.filter(pl.col("average_precision") > 0.95)
-    result = ablate_neurons(
-        nano_dense, chosen, [encode(p.text, bos=True) for p in held_out], [p.lang for p in held_out]
-    )
-    change = {key: part["change"].mean() for key, part in result.frame.group_by("neurons", "lang")}
-    assert abs(change["selected", "ja"]) > 10 * abs(change["selected", "en"]), "they are neurons of Japanese"
-    assert all(abs(change[f"random {n}", "ja"]) < abs(change["selected", "ja"]) for n in range(3))
+    texts, langs, of_group = zip(*made, strict=True)
+    activity = neuron_activity(nano_dense, [encode(text, bos=True) for text in texts], langs, of_group)
+    japanese = average_precision(activity, "ja").frame.filter(pl.col("average_precision") > 0.95)
+    texts, langs, _ = zip(*held_out, strict=True)
+    result = ablate_neurons(nano_dense, japanese, [encode(text, bos=True) for text in texts], langs).frame
+    change = {key: part["change"] for key, part in result.group_by("neurons", "lang")}
+    cost = change["selected", "ja"].mean()
+    assert cost > 0.05, "nats per token, on facts that took no part in choosing them"
+    assert cost > 4 * change["selected", "ja"].std() / len(change["selected", "ja"]) ** 0.5
+    assert abs(change["selected", "en"].mean()) < cost / 20, "English does without them"
+    for drawn in (f"random {number}" for number in range(3)):  # a set that costs Japanese as much costs English too
+        assert change[drawn, "ja"].mean() < cost or change[drawn, "en"].mean() > cost / 5
 
 
 def test_wrong_requests_are_refused(llama):
