@@ -15,7 +15,7 @@ help:
 	@echo "make demo     run the main job on the bundled model; prints where the report is"
 	@echo "make test     the fast tests"
 	@echo "make slow     the slow tests (full-width parity, memory, notebooks, ...)"
-	@echo "make browser  the tests that open the report in headless chromium"
+	@echo "make browser  the tests that open the report, the explorer and the notebooks in headless chromium"
 	@echo "make lab      JupyterLab on notebooks/"
 	@echo "make notebooks  run every notebook and write its outputs back"
 	@echo "make docs     the documentation as a site that opens offline: build/site/index.html"
@@ -55,7 +55,7 @@ test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not browser and not gpu"
 
 slow: $(VENV)/dev
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 12 -m "slow and not gpu"
 
 browser: $(VENV)/dev
 	@sh .ci/install-chromium
