@@ -37,10 +37,20 @@ def test_using_every_public_name_needs_no_framework() -> None:
     assert not loaded & {"transformers", "transformer_lens", "nnsight", "ray", "fastapi", "lm_eval"}
 
 
-def test_models_need_torch_alone() -> None:
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import workbench.models, workbench.family",
+        f"sys.path.append({str(REPOSITORY / 'kernels/benchmarks')!r}); import run",
+    ],
+    ids=["models", "benchmark"],
+)
+def test_models_and_the_benchmark_need_torch_alone(statement: str) -> None:
     absent = (
+        "numpy",
         "polars",
         "plotly",
+        "scipy",
         "tokenizers",
         "jinja2",
         "huggingface_hub",
@@ -49,8 +59,7 @@ def test_models_need_torch_alone() -> None:
         "transformers",
         "hypothesis",
     )
-    loaded = imported_by("from workbench.models import build_model\nimport workbench.family", block=absent)
-    assert "torch" in loaded
+    assert "torch" in imported_by(statement, block=absent)
 
 
 @pytest.mark.parametrize("package", ["workbench.stats", "workbench.plots"])

@@ -148,6 +148,7 @@ def interventions(shape: Shape, n_tokens: int, dtype: torch.dtype, device: torch
         "expert_scale": Intervene(expert_scale=scale),
         "expert_add": Intervene(expert_add=torch.zeros(e, d, device=device)),
         "forced_ids": Intervene(forced_ids=ids),
+        "forced_weights": Intervene(forced_weights=torch.full((n_tokens, k), 1 / k, device=device)),
         "replace one expert": Intervene(
             replace_experts=one, replace_rows=torch.zeros(n_tokens, k, d, dtype=dtype, device=device)
         ),

@@ -18,6 +18,9 @@ from workbench_kernels.moe.choice import CHOICES, choose_implementation
 from workbench_kernels.moe.plan import Intervene
 
 PREFIX = "workbench_"
+TRAITS = {
+    "is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True, "has_post_expert_norm": False,
+}  # fmt: skip
 
 
 def register_with_transformers() -> tuple[str, ...]:
@@ -59,11 +62,13 @@ def _forward(impl: str) -> Callable[..., Tensor]:
 
 
 def _check_module(module: Any) -> None:
-    """Raises ValueError unless these are plain SwiGLU experts: gate rows before up rows, no bias, silu."""
-    traits = {"is_transposed": False, "has_bias": False, "has_gate": True, "has_post_expert_norm": False}
-    wrong = [name for name, expected in traits.items() if bool(getattr(module, name, expected)) != expected]
-    if type(module.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
-        wrong.append(f"act_fn {type(module.act_fn).__name__}")
+    """Raises ValueError unless these are plain SwiGLU experts: gate rows before up rows, no bias, silu, no clamp."""
+    wrong = [name for name, expected in TRAITS.items() if bool(getattr(module, name, expected)) != expected]
+    activation = type(getattr(module, "act_fn", None)).__name__
+    if activation not in ("SiLUActivation", "SiLU"):
+        wrong.append(f"act_fn {activation}")
+    if getattr(module._apply_gate, "__module__", "") != "transformers.integrations.moe":  # its own, as DeepSeek-V4's
+        wrong.append("_apply_gate")
     if getattr(module, "_is_expert_parallel", False):
         wrong.append("expert parallelism")
     if wrong:

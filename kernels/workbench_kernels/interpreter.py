@@ -10,7 +10,6 @@ The interpreter still accepts what a compiler refuses, so every kernel must also
 from __future__ import annotations
 
 import builtins
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +20,6 @@ import torch
 
 _order: np.random.Generator | None = None  # of the programs, while `shuffle_programs` is active
 _corrected = False
-
-
-def interpreting() -> bool:
-    """Whether kernels decorated from now on run in the interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def correct() -> None:

@@ -23,6 +23,8 @@ import registry
 import run
 from measure import Report
 
+from workbench_kernels.moe.plan import NEEDS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = REPOSITORY / "kernels" / "benchmarks" / "run.py"
 CPU = torch.device("cpu")
@@ -158,6 +160,13 @@ def test_a_run_that_breaks_off_leaves_the_sections_before(tmp_path: Path, monkey
     rows = list(csv.DictReader(out.open()))
     assert [row["n_tokens"] for row in rows if row["section"] == "layer" and row["us"]] == ["1", "5"]
     assert [path.name for path in tmp_path.iterdir()] == ["cpu.csv"]
+
+
+def test_every_need_and_every_intervention_has_its_cost() -> None:
+    needs, changes = registry.needs(registry.SMOKE, CPU), registry.interventions(registry.SMOKE, 3, torch.float32, CPU)
+    assert {name for need in needs.values() for name in need.names} == set(NEEDS)
+    fields = {field.name for field in dataclasses.fields(registry.Intervene)}
+    assert {name for change in changes.values() for name in change.active} == fields
 
 
 def test_one_expert_is_asked_for_by_a_mask_on_the_device() -> None:

@@ -54,6 +54,22 @@ def test_other_experts_are_refused() -> None:
         forced(built, "workbench_sorted", {})
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("_apply_gate", lambda gate_up: gate_up), ("is_concatenated", False), ("act_fn", None), ("has_bias", True)],
+)
+def test_experts_that_differ_in_one_trait_are_refused(name: str, other: object) -> None:
+    """DeepSeek-V4 clamps gate and up in a method of its own, beside silu and all traits as here."""
+    register_with_transformers()
+    experts = model(torch.float32).model.layers[0].mlp.experts
+    experts.config._experts_implementation = "workbench_sorted"
+    given = torch.ones(1, 64), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    assert experts(*given).isfinite().all()
+    delattr(experts, name) if other is None else setattr(experts, name, other)
+    with pytest.raises(ValueError, match=f"Qwen3MoeExperts: expected SwiGLU experts .* got another {name}"):
+        experts(*given)
+
+
 def test_importing_the_kernels_imports_no_transformers() -> None:
     code = "import sys, workbench_kernels, workbench_kernels.hf; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

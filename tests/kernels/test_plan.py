@@ -58,6 +58,15 @@ def test_the_order_of_interventions_is_the_documented_one() -> None:
     assert relative(routing.router_logits, p.x.double() @ p.router.double().T) < 1e-12
 
 
+@pytest.mark.parametrize("as_given", [list, tuple, torch.tensor])
+def test_bools_are_a_mask_and_numbers_are_ids_however_they_are_given(as_given: Any) -> None:
+    p = problem(3, 12, 6, 5, 2)
+    for tokens, shown in (([False, False, True], [2]), ([2], [2]), ([1, 0], [0, 1]), ([], [])):
+        given = as_given(tokens) if tokens else []
+        out = fused_moe(*p.args, need=Need(("expert_out",), tokens=given))[1].expert_out
+        assert out.any(-1).any(-1).nonzero().flatten().tolist() == shown
+
+
 def test_a_layer_of_which_nothing_fits_is_refused() -> None:
     p = problem(3, 12, 6, 5, 2)
     x, router, gate_up, down, k = p.args
@@ -84,6 +93,11 @@ def test_a_layer_of_which_nothing_fits_is_refused() -> None:
         ({"need": ("outputs",)}, r"need: expected names among expert_pre, .*, got 'outputs'"),
         ({"need": Need(("expert_out",), experts=[5])}, r"need.experts: expected ids from 0 to 4, got 5 to 5"),
         ({"need": Need(("expert_out",), tokens=torch.ones(4).bool())}, r"need.tokens: expected ids or a mask \[3\]"),
+        ({"need": Need(("expert_out",), tokens=[True] * 4)}, r"need.tokens: expected ids or a mask \[3\]"),
+        (
+            {"need": Need(("expert_out",), experts=[1.5])},
+            r"need.experts: expected ids in one dimension, got torch.float32",
+        ),
         ({"need": Need(("expert_out",), tokens=torch.ones(3))}, r"need.tokens: expected ids in one dimension"),
         ({"path": "fast"}, r"path: expected one of auto, decode, skinny, tile, got 'fast'"),
         ({"path": "tile", "impl": "sorted"}, r"path: expected auto with impl 'sorted', got 'tile'"),

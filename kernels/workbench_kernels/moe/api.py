@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench_kernels import interpreter
 from workbench_kernels.moe.blocks import Blocks, blocks_for, choose_path
 from workbench_kernels.moe.checks import Weight, check_intervene, check_layer
-from workbench_kernels.moe.choice import choose_implementation
+from workbench_kernels.moe.choice import choose_implementation, interpreting
 from workbench_kernels.moe.plan import NEEDS, Intervene, Need, Routing
 from workbench_kernels.quant import QuantizedExperts
 
@@ -74,12 +73,13 @@ def plan_layer(
 
     if x.stride(-1) != 1:
         x = x.contiguous()
-    if x.device.type == "cpu" and not interpreter.interpreting():
+    if x.device.type == "cpu" and not interpreting():
         raise ValueError(f"x: expected a GPU tensor for 'triton', got {x.device}. Move it, or choose another impl.")
     for name, weight in (("gate_up", gate_up), ("down", down)):
-        values = weight.values if isinstance(weight, QuantizedExperts) else weight
-        if not values.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous weight, got strides {values.stride()}. Copy it once.")
+        stored = (weight.values, weight.scales) if isinstance(weight, QuantizedExperts) else (weight,)
+        for tensor in stored:
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous weight, got strides {tensor.stride()}. Copy it once.")
     path = choose_path(path, x.shape[0], router_weight.shape[0], k)
     blocks = blocks or blocks_for(path, x, gate_up, down, k)
     return Layer(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
 
-from workbench_kernels import interpreter
 from workbench_kernels.quant import QuantizedExperts
 
 Weight = torch.Tensor | QuantizedExperts
@@ -52,14 +52,17 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "The kernels need compute capability 8.0 or newer."
-        return "" if not interpreter.interpreting() else "TRITON_INTERPRET=1 is set: unset it to run on the GPU."
+        return "" if not interpreting() else "TRITON_INTERPRET=1 is set: unset it to run on the GPU."
     if device.type == "cpu":
-        return (
-            "" if interpreter.interpreting() else "On CPU they run in triton's interpreter alone: TRITON_INTERPRET=1."
-        )
+        return "" if interpreting() else "On CPU they run in triton's interpreter alone: TRITON_INTERPRET=1."
     if device.type == "meta":
         return ""  # a model that is built without memory moves elsewhere before it runs
     return f"The kernels do not run on {device.type}."
+
+
+def interpreting() -> bool:
+    """Whether kernels decorated from now on run in triton's interpreter; asked here because that needs numpy."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

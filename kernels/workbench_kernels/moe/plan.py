@@ -122,7 +122,8 @@ class Routing:
 def _mask(name: str, chosen: Tensor | Sequence[int] | None, size: int, device: torch.device) -> Tensor | None:
     if chosen is None:
         return None
-    ids = chosen if isinstance(chosen, Tensor) else torch.tensor(list(chosen), dtype=torch.int64)
+    none = torch.empty(0, dtype=torch.int64)
+    ids = chosen if isinstance(chosen, Tensor) else torch.tensor(list(chosen)) if len(chosen) else none
     if ids.dtype == torch.bool:
         if ids.shape != (size,):
             raise ValueError(f"{name}: expected ids or a mask [{size}], got a mask {list(ids.shape)}.")

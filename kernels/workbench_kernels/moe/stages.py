@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench_kernels import interpreter
 from workbench_kernels.moe.blocks import Blocks
 from workbench_kernels.moe.checks import Weight
+from workbench_kernels.moe.choice import interpreting
 from workbench_kernels.moe.layer import Layer, Routed, Tiles
 from workbench_kernels.quant import QuantizedExperts
 
-if interpreter.interpreting():
+if interpreting():
+    from workbench_kernels import interpreter
+
     interpreter.correct()
 
 import triton

@@ -61,15 +61,17 @@ def test_many_combinations(path: str, data: st.DataObject) -> None:
 
 
 def combination(path: str, data: st.DataObject) -> None:
-    t, bits = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([16, 16, 8]))
+    t, bits = data.draw(st.integers(0, 4)), data.draw(st.sampled_from([16, 8, 4]))
+    d, f = (64, 64) if bits == 4 else (24, 12)
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    p = problem(t, 24, 12, 6, data.draw(st.integers(1, 3)), dtype, bits, seed=data.draw(st.integers(0, 9)))
+    p = problem(t, d, f, 6, data.draw(st.integers(1, 3)), dtype, bits, seed=data.draw(st.integers(0, 9)))
     fields = data.draw(st.lists(st.sampled_from(FIELDS), unique=True))
     intervene = change(p, fields, data.draw(st.booleans()), seed=data.draw(st.integers(0, 9)))
     names = data.draw(st.lists(st.sampled_from(NEEDS), unique=True))
     experts = data.draw(st.none() | st.lists(st.integers(0, 5), max_size=4))
-    tokens = data.draw(st.none() | st.lists(st.integers(0, t - 1), max_size=2))
-    check(p, path, Need(tuple(names), experts, tokens), intervene, norm_topk_prob=data.draw(st.booleans()))
+    tokens = data.draw(st.none() | st.lists(st.integers(0, max(t - 1, 0)), max_size=2 * bool(t)))
+    numerics, normalised = data.draw(st.sampled_from(["trained", "hf"])), data.draw(st.booleans())
+    check(p, path, Need(tuple(names), experts, tokens), intervene, numerics, normalised)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from moe_problems import BLOCKS, check, problem
@@ -85,3 +87,11 @@ def test_a_weight_that_is_not_contiguous_is_refused(name: str) -> None:
     weights = {"gate_up": p.gate_up, "down": p.down} | {name: strided}
     with pytest.raises(ValueError, match=f"{name}: expected a contiguous weight, got strides"):
         fused_moe(p.x, p.router, *weights.values(), p.k, impl="triton")
+
+
+@pytest.mark.parametrize("part", ["values", "scales"])
+def test_quantised_experts_that_are_not_contiguous_are_refused(part: str) -> None:
+    p = problem(3, 128, 64, 6, 2, bits=4)
+    strided = getattr(p.gate_up, part).transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match="gate_up: expected a contiguous weight, got strides"):
+        fused_moe(p.x, p.router, replace(p.gate_up, **{part: strided}), p.down, p.k, impl="triton")
