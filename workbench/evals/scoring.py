@@ -84,10 +84,11 @@ def _predict(model: Llama, firsts: Sequence[Pair], changes: Changes) -> Iterator
     n_prompt = [len(pair.context) for pair in firsts]
     with model.intervene(changes.on(model, [pair.lang for pair in firsts], n_prompt)):
         resid = model(tokens.to(model.device), mask.to(model.device), stop_at_layer=model.cfg.n_layers)
+        normalized = model.ln_final(resid)  # [batch pos d_model]; its points may be intervened on too
     for row, pair in enumerate(firsts):
-        scored = resid[row, len(pair.context) - 1 : len(pair.read)]  # [token d_model]
+        scored = normalized[row, len(pair.context) - 1 : len(pair.read)]  # [token d_model]
         parts = scored.split(max(1, MAX_LOGITS // model.cfg.d_vocab))
-        yield torch.cat([model.unembed(model.ln_final(part)).float().log_softmax(-1).cpu() for part in parts])
+        yield torch.cat([model.unembed(part).float().log_softmax(-1).cpu() for part in parts])
 
 
 def _read(log_probs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:

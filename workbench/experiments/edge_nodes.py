@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -150,29 +150,48 @@ def projection(model: Llama, node: Node) -> tuple[str, Tensor]:
 def patched_reading(
     model: Llama, corrupt: ActivationCache, node: Node, delta: Tensor
 ) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Hooks under which `node`, and nothing else, reads the corrupt run's stream plus `delta` [pair pos d_model]."""
+    """Hooks under which `node`, and nothing else, reads the corrupt run's stream plus `delta` [pair pos d_model].
+
+    Interventions on what it reads act on the changed reading as they did on the other.
+    """
     if node.kind == "logits":
         return [(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", lambda x, hook: x + delta.to(x.dtype))]
-    x = wide(stream(model, corrupt, node)) + delta
-    normalized = x * inverse_rms(x, model.cfg.norm_eps)  # [pair pos d_model]
+    x, block = wide(stream(model, corrupt, node)) + delta, cast(Any, model.blocks[node.layer or 0])
     if node.kind in ("mlp", "experts"):
-        hooks: list[tuple[str, Callable[..., Tensor]]] = [
-            (f"blocks.{node.layer}.ln2.hook_normalized", lambda old, hook: normalized.to(old.dtype))
-        ]
+        name = f"blocks.{node.layer}.ln2.hook_normalized"
+        hooks: list[tuple[str, Callable[..., Tensor]]] = []
+        hooks.append((name, lambda old, hook: _normalized(model, block.ln2, x).to(old.dtype)))
         if node.kind == "experts":  # the router keeps what it read
             hooks.append((f"blocks.{node.layer}.mlp.hook_router_logits", lambda old, hook: corrupt[hook.name]))
         return hooks
     name, weight = projection(model, node)
-    reading = normalized @ wide(weight).T  # [pair pos out]
 
     def put(old: Tensor, hook: HookPoint) -> Tensor:
+        norm = block.ln2 if node.kind == "router" else block.ln1
+        reading = (_normalized(model, norm, x) @ wide(weight).T).to(old.dtype)  # [pair pos out]
         if node.kind == "router":
-            return reading.to(old.dtype)
-        new = old.clone()
-        new[:, :, node.index] = reading.to(old.dtype)
+            return _intervened(model, hook, reading)
+        new, changed = old.clone(), old.clone()  # [pair pos head d_head]
+        changed[:, :, node.index] = reading
+        new[:, :, node.index] = _intervened(model, hook, changed)[:, :, node.index]
         return new
 
     return [(name, put)]
+
+
+def _normalized(model: Llama, norm: Any, x: Tensor) -> Tensor:  # [pair pos d_model]
+    """The stream x divided by its scale, before the norm's weight."""
+    inverse = inverse_rms(x, model.cfg.norm_eps)
+    scale = 1 / inverse
+    changed = _intervened(model, norm.hook_scale, scale)
+    return _intervened(model, norm.hook_normalized, x * (inverse if changed is scale else 1 / changed))
+
+
+def _intervened(model: Llama, point: HookPoint, x: Tensor) -> Tensor:
+    """What the attached interventions make of x at a point, in the pass that is running."""
+    for edit in (edit for batch in model.batches for edit in batch.edits if edit.point is point):
+        x = edit(x, point)
+    return x
 
 
 def pull_back(model: Llama, x: Tensor, gradient: Tensor) -> Tensor:  # [pair pos d_model] both

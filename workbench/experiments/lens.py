@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from workbench.errors import ConfigError, ShapeError
+from workbench.errors import ConfigError, InterventionError, ShapeError
 from workbench.experiments.identity import describe_model
 from workbench.experiments.metrics import Ids, column
 from workbench.experiments.result import Result
@@ -81,23 +81,25 @@ def direct_logit_attribution(
       expert     by head, and each MLP by the experts that ran, dense ones whole (the default)
       neuron     by head, and each MLP by neuron, those of experts included (weighted as the router weighted them)
     The scale of the final norm is frozen at its value in this run, at this position; an earlier scale would give
-    something else, no attribution. Raises ConfigError for another name in `parts`.
+    something else, no attribution. Under interventions a layer with some has one more row, "intervention": what they
+    put into the stream beside its parts. Raises ConfigError for another name in `parts`, InterventionError under
+    interventions on the final norm.
     """
     if parts not in PARTS:
         raise ConfigError(f"parts: expected one of {', '.join(PARTS)}, got {parts!r}.")
     pos = column(pos, tokens.shape[1])
-    for chosen in (correct, wrong):
-        if chosen is not None:
-            _known(model, chosen, tokens)
-    logits, cache = model.run_with_cache(tokens, attention_mask=attention_mask, names_filter=_needed(model, parts))
+    ids = [None if chosen is None else _known(model, chosen, tokens).tolist() for chosen in (correct, wrong)]
+    edited = _edited_layers(model)
+    names = [f"blocks.{n}.hook_resid_post" for layer in edited for n in (layer - 1, layer) if n >= 0]
+    names += _needed(model, parts)
+    logits, cache = model.run_with_cache(tokens, attention_mask=attention_mask, names_filter=names)
     here = ActivationCache({name: activation[:, pos] for name, activation in cache.items()})  # [batch ...] each
     direction = logit_direction(model, tokens, correct, wrong)  # [batch d_model]
     direction = direction * inverse_rms(here["resid_post", model.cfg.n_layers - 1], model.cfg.norm_eps)
     frames = [_rows("embed", None, {}, wide(here["hook_embed"] * direction).sum(-1)[:, None])]
     for layer in range(model.cfg.n_layers):
-        frames += _attention_parts(model, here, layer, direction, parts)
-        frames += _mlp_parts(model, here, layer, direction, parts)
-    ids = [per_row(chosen, tokens).tolist() if chosen is not None else None for chosen in (correct, wrong)]
+        written = [part for of in (_attention_parts, _mlp_parts) for part in of(model, here, layer, direction, parts)]
+        frames += written + ([_beside(here, layer, direction, written)] if layer in edited else [])
     settings = {
         "experiment": "direct_logit_attribution", **describe_model(model),
         "correct": ids[0], "wrong": ids[1],
@@ -231,6 +233,24 @@ def _mlp_parts(
             experts = ids[..., None].expand_as(values)
             labels = {"expert": experts.flatten(1), "neuron": neurons.flatten(1)}
             yield _rows("neuron", layer, labels, values.flatten(1))
+
+
+def _edited_layers(model: Llama) -> set[int]:
+    """The layers in which interventions are attached. Raises InterventionError for those on the final norm."""
+    points = [edit.point.name for batch in model.batches for edit in batch.edits]
+    if final := [name for name in points if name.startswith("ln_final")]:
+        raise InterventionError(
+            f"direct logit attribution: expected the final norm as it is, got an intervention at {final[0]}."
+        )
+    return {int(name.split(".")[1]) for name in points if name.startswith("blocks.")}
+
+
+def _beside(here: ActivationCache, layer: int, direction: Tensor, written: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """What a layer changed in the stream without being one of its parts."""
+    before = here["hook_embed"] if layer == 0 else here["resid_post", layer - 1]
+    whole = ((wide(here["resid_post", layer]) - wide(before)) * direction).sum(-1)  # [batch]
+    parts = pl.concat(written).group_by("pair").agg(pl.col("value").sum()).sort("pair")["value"].to_torch()
+    return _rows("intervention", layer, {}, (whole - parts.to(whole))[:, None])
 
 
 def _rows(component: str, layer: int | None, labels: dict[str, Tensor], values: Tensor) -> pl.DataFrame:

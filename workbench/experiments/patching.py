@@ -125,7 +125,7 @@ def _cells(model: Llama, names: Sequence[str], layers: Sequence[int] | None, lab
     unknown = [name for name in names if name not in COMPONENTS]
     if unknown or not names:
         raise ShapeError(f"components: expected some of {', '.join(COMPONENTS)}, got {', '.join(unknown) or 'none'}.")
-    chosen = range(model.cfg.n_layers) if layers is None else layers
+    chosen = range(model.cfg.n_layers) if layers is None else sorted(layers)  # one order, whoever continues a sweep
     for layer in chosen:
         if not 0 <= layer < model.cfg.n_layers:
             raise ShapeError(f"layers: expected 0 to {model.cfg.n_layers - 1}, got {layer}.")

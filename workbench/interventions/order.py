@@ -7,7 +7,7 @@ the logits cannot follow one that fixes the experts. What cannot act is refused,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from workbench.errors import InterventionError
@@ -98,16 +98,26 @@ def _refuse(lost: Intervention, winner: Intervention, remedy: str) -> None:
 def _check_enough_left(routing: Sequence[_Placed], model: Any) -> None:
     """Reroutes that meet at some token must together leave k experts to choose from."""
     reroutes = [one for one in routing if isinstance(one.item, KnockOut) and one.item.mode == "reroute"]
-    for number, one in enumerate(reroutes):
-        for layer in one.layers:
-            together = [one]
-            for other in reroutes[number + 1 :]:
-                if layer in other.layers and all(other.item.where.meets(held.item.where) for held in together):
-                    together.append(other)
-            gone = {expert for held in together for expert in held.item.experts}  # type: ignore[attr-defined]
+    for layer in dict.fromkeys(layer for one in reroutes for layer in sorted(one.layers)):
+        for together in _meeting([one.item for one in reroutes if layer in one.layers]):
+            gone = {expert for item in together for expert in item.experts}  # type: ignore[attr-defined]
             left = model.cfg.n_experts - len(gone)
             if left < model.cfg.k:
                 raise InterventionError(
                     f"interventions: expected at least k = {model.cfg.k} experts to be left in {layer} by all "
                     f"knock-outs together, got {left}. Use mode drop."
                 )
+
+
+def _meeting(
+    more: Sequence[Intervention], held: tuple[Intervention, ...] = (), tried: tuple[Intervention, ...] = ()
+) -> Iterator[tuple[Intervention, ...]]:
+    """The largest sets whose members all meet one another: `held` and some of `more` (Bron and Kerbosch 1973)."""
+    if not more and not tried:
+        yield held
+        return
+    pivot = (*more, *tried)[0]  # every largest set holds it, or one that does not meet it
+    for one in [one for one in more if one is pivot or not one.where.meets(pivot.where)]:
+        met_more, met_tried = ([o for o in part if o.where.meets(one.where) and o is not one] for part in (more, tried))
+        yield from _meeting(met_more, (*held, one), tuple(met_tried))
+        more, tried = [other for other in more if other is not one], (*tried, one)

@@ -32,16 +32,16 @@ def decode_block(model: Llama, ids: Sequence[int], caches: Sequence[KVCache], n_
     try:
         with _rows_per_expert(model, n_rows):
             cache = CacheRows([*caches, *[None] * n_free])
-            resid = model(tokens, cache=cache, stop_at_layer=model.cfg.n_layers)
-        return unembed(model, resid)[: len(caches), 0]
+            normalized = model.ln_final(model(tokens, cache=cache, stop_at_layer=model.cfg.n_layers))
+        return unembed(model, normalized)[: len(caches), 0]
     except Exception:
         for own, n in zip(caches, n_seen, strict=True):  # as if nothing had happened: it may be tried again
             own.n_seen = n
         raise
 
 
-def unembed(model: Llama, resid: Tensor) -> Tensor:  # [batch pos d_model] -> float32 [batch pos d_vocab], on the CPU
-    return model.unembed(model.ln_final(resid)).float().cpu()
+def unembed(model: Llama, normalized: Tensor) -> Tensor:  # [batch pos d_model] -> float32 [... d_vocab], on the CPU
+    return model.unembed(normalized).float().cpu()
 
 
 @contextmanager

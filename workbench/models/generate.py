@@ -138,14 +138,14 @@ def generate(
         room = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens, growing=cache == "growing")
         passes = _Passes(model, room, recorder)
         sampler.see(tokens.cpu(), mask.bool().cpu(), model.cfg.d_vocab, written=False)
-        resid = passes.prefill(tokens, attention_mask, prefill_chunk or tokens.shape[1])
+        last = passes.prefill(tokens, attention_mask, prefill_chunk or tokens.shape[1])
         for step in range(max_new_tokens):
-            chosen = rows.take(sampler.choose(passes.logits(resid)))  # [batch]
+            chosen = rows.take(sampler.choose(passes.logits(last)))  # [batch]
             ended = not rows.running_any or step + 1 == max_new_tokens
             if ended and recorder is None:
                 break
             # a row that ended before this token still takes part, so that the batch keeps its shape, but as padding
-            resid = passes.decode(chosen[:, None], rows.last_kept)
+            last = passes.decode(chosen[:, None], rows.last_kept)
             if ended:
                 break
             sampler.see(chosen[:, None], rows.last_kept[:, None], model.cfg.d_vocab)
@@ -160,24 +160,25 @@ class _Passes:
     cache: KVCache
     recorder: Recorder | None
 
-    def prefill(self, tokens: Tensor, mask: Tensor | None, chunk: int) -> Tensor:  # the last column's residual stream
-        resid = torch.empty(0)
+    def prefill(self, tokens: Tensor, mask: Tensor | None, chunk: int) -> Tensor:  # [batch 1 d_model], as `_run`
+        last = torch.empty(0)
         for start in range(0, tokens.shape[1], chunk):
             part = slice(start, start + chunk)
-            resid = self._run(tokens[:, part], None if mask is None else mask[:, part])
-        return resid
+            last = self._run(tokens[:, part], None if mask is None else mask[:, part])
+        return last
 
     def decode(self, tokens: Tensor, kept: Tensor) -> Tensor:  # [batch 1], bool [batch] -> [batch 1 d_model]
         return self._run(tokens, None if kept.all() else kept[:, None].long())
 
-    def logits(self, resid: Tensor) -> Tensor:  # [batch 1 d_model] -> float32 [batch d_vocab] on the CPU
-        return self.model.unembed(self.model.ln_final(resid))[:, -1].float().cpu()
+    def logits(self, last: Tensor) -> Tensor:  # [batch 1 d_model] -> float32 [batch d_vocab] on the CPU
+        return self.model.unembed(last)[:, -1].float().cpu()
 
-    def _run(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(self, tokens: Tensor, mask: Tensor | None) -> Tensor:  # the final norm's last column, to be unembedded
         resid = self.model(tokens, mask, cache=self.cache, stop_at_layer=self.model.cfg.n_layers)
+        normalized = self.model.ln_final(resid)  # of every column, as its hook points have it in any pass
         if self.recorder is not None:
             self.recorder.step(tokens.shape[1])
-        return resid[:, -1:]  # only the last column is unembedded
+        return normalized[:, -1:]
 
 
 @contextmanager

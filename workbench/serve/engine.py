@@ -83,9 +83,10 @@ class Engine:
         prompt, model = choice.ask.prompt, self.model
         part = prompt[choice.n_read : choice.n_read + self.limits.prefill_chunk]
         with self._intervened([choice], alone=True), self._routes([choice]):
-            resid = model(torch.tensor([part]), cache=choice.cache, stop_at_layer=model.cfg.n_layers)  # [1 pos d_model]
+            resid = model(torch.tensor([part]), cache=choice.cache, stop_at_layer=model.cfg.n_layers)
+            normalized = model.ln_final(resid)  # [1 pos d_model]; its points may be intervened on too
         if choice.ask.score_prompt:
-            self._score(choice, resid)
+            self._score(choice, normalized)
         choice.n_read += len(part)
         if choice.n_read < len(prompt):
             return
@@ -93,7 +94,7 @@ class Engine:
             choice.reason = "length"
             return
         choice.begin_writing(model.cfg.d_vocab)
-        choice.take(unembed(model, resid[:, -1:])[0, 0])
+        choice.take(unembed(model, normalized[:, -1:])[0, 0])
 
     @torch.inference_mode()
     def write(self, choices: Sequence[Choice]) -> None:
@@ -112,11 +113,11 @@ class Engine:
         owed = choice.ask.routing and n_held < len(choice.ask.prompt) + len(choice.written)
         return bool(choice.reason) and not owed
 
-    def _score(self, choice: Choice, resid: Tensor) -> None:  # [1 pos d_model]
-        targets = choice.ask.prompt[choice.n_read + 1 : choice.n_read + 1 + resid.shape[1]]
+    def _score(self, choice: Choice, normalized: Tensor) -> None:  # [1 pos d_model]
+        targets = choice.ask.prompt[choice.n_read + 1 : choice.n_read + 1 + normalized.shape[1]]
         for start in range(0, len(targets), SCORED):
             ids = targets[start : start + SCORED]
-            logits = unembed(self.model, resid[:, start : start + len(ids)])[0]  # [pos d_vocab]
+            logits = unembed(self.model, normalized[:, start : start + len(ids)])[0]  # [pos d_vocab]
             choice.prompt_logprobs += logprobs_of(logits, ids, choice.ask.logprobs or 0)
 
     @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from workbench.errors import ShapeError
 from workbench.evals.scoring import Changes, Pair, Writing, score, write
-from workbench.interventions import KnockOut, SetActivation, Where
+from workbench.interventions import AddVector, Interventions, KnockOut, SetActivation, Where
 from workbench.models import Llama
 
 
@@ -81,6 +81,19 @@ def test_the_continuation_counts_as_written(moe: Llama) -> None:
     assert score(moe, [later], quiet) != score(moe, [later])
     (written,) = write(moe, [[7, 8, 9]], Writing(5, stop_ids=()), quiet)
     assert score(moe, [Pair((7, 8, 9), tuple(written))], quiet)[0][1]
+
+
+@pytest.mark.parametrize("phase", [None, "decode"])
+def test_a_change_of_the_final_norm_is_that_of_a_plain_pass(model: Llama, phase: str | None) -> None:
+    moved = AddVector(
+        vector=torch.linspace(-3, 3, model.cfg.d_model), point="ln_final.hook_normalized", where=Where(phase=phase)
+    )
+    pairs = [Pair(tuple(range(5, 9)), (10, 11, 12)), Pair(tuple(range(9, 16)), (20, 21))]
+    found = score(model, pairs, Changes((moved,)))
+    for pair, one in zip(pairs, found, strict=True):
+        with torch.no_grad(), model.intervene(Interventions([moved], n_prompt=[len(pair.context)])):
+            assert close([one], [alone(model, pair)])
+    assert not close(found, score(model, pairs))
 
 
 def test_a_change_of_one_language_leaves_the_other_alone(moe: Llama) -> None:

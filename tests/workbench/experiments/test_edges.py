@@ -14,6 +14,7 @@ from workbench.experiments.edges import _run_path, edge_attribution, path_patchi
 from workbench.experiments.metrics import logit_difference
 from workbench.experiments.pairs import Pairs
 from workbench.hooks import ActivationCache
+from workbench.interventions import AddVector, BiasRouter, KnockOut, ScaleActivation, Where
 from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
 
 METRIC = logit_difference(7, 9)
@@ -50,6 +51,54 @@ def test_a_path_into_attention_equals_one_made_with_plain_torch_hooks(model, tok
             handle.remove()
     assert_near(found["value"].to_torch().float(), METRIC(logits), logits)
     assert found["effect"].abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("limits", [{}, {"positions": (-1, 2)}])
+def test_paths_keep_the_interventions_that_are_attached(moe, tokens, limits):
+    """A sender that does not change changes nothing, whatever acts where the receiver reads."""
+    where, generator = Where(layers=(2,), **limits), torch.Generator().manual_seed(0)
+    big = {n: 3 * torch.randn(n, generator=generator) for n in (8, moe.cfg.d_model)}
+    items = [
+        BiasRouter(bias=big[8], where=where), KnockOut(experts=(0, 3), mode="reroute", where=where),
+        AddVector(vector=big[8], point="q", where=where), ScaleActivation(factor=2.0, point="k", where=where),
+        AddVector(vector=big[moe.cfg.d_model], point="ln2.normalized", where=where),
+        ScaleActivation(factor=2.0, point="ln1.scale", where=where),
+    ]  # fmt: skip
+    readers = ["q 2.4", "k 2.1", "v 2.0", "router 2", "experts 2", "mlp 2"]
+    routes = [["head 0.4", reader] for reader in readers] + [["embed", "router 2", "logits"]]
+    for change in items:
+        with moe.intervene(change):
+            effects = path_patching(moe, Pairs(tokens, tokens), METRIC, routes).frame["effect"].to_torch()
+            moved = path_patching(moe, Pairs(tokens, tokens.flip(0)), METRIC, routes).frame["effect"].abs()
+            assert_near(effects, torch.zeros_like(effects), moe(tokens))
+        assert moved.max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["q", "v"])
+def test_a_path_under_an_intervention_equals_one_made_with_plain_torch_hooks(moe, tokens, kind):
+    """Interventions at the receiver and at the norm before it act after the projection's own hooks."""
+    change = [
+        AddVector(vector=torch.linspace(-3, 3, 8), point=kind),
+        ScaleActivation(factor=0.5, point="ln1.normalized"),
+    ]
+    corrupt, block = tokens.flip(0), moe.blocks[2]
+    with moe.intervene(change), torch.no_grad():
+        found = path_patching(moe, Pairs(tokens, corrupt), METRIC, [["embed", f"{kind} 2.1"]]).frame["value"].to_torch()
+        streams = [moe.run_with_cache(batch)[1] for batch in (tokens, corrupt)]
+        x = streams[1]["resid_pre", 2] + streams[0]["hook_embed"] - streams[1]["hook_embed"]
+        other = getattr(block.attn, MODULE[kind])(block.ln1(x))
+
+        def swap(_module, _input, output):
+            output = output.clone()
+            output[..., 8:16] = other[..., 8:16]
+            return output
+
+        handle = getattr(block.attn, MODULE[kind]).register_forward_hook(swap)
+        try:
+            logits = moe(corrupt)
+        finally:
+            handle.remove()
+    assert_near(found.float(), METRIC(logits), logits)
 
 
 @pytest.mark.parametrize("receivers", [("q", "k", "v", "mlp", "logits"), ("k", "router", "experts", "logits")])

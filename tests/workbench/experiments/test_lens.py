@@ -7,8 +7,9 @@ import pytest
 import torch
 from closeness import assert_near
 
-from workbench.errors import ConfigError, ShapeError
+from workbench.errors import ConfigError, InterventionError, ShapeError
 from workbench.experiments.lens import PARTS, direct_logit_attribution, expert_logit_lens, logit_lens
+from workbench.interventions import AddVector, ScaleActivation, SetExpertOutput, Where
 from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
 
 
@@ -29,6 +30,33 @@ def test_parts_sum_to_the_logit_and_to_the_difference(nano, parts):
         sums = result.frame.group_by("pair", maintain_order=True).agg(pl.col("value").sum())["value"].to_torch()
         assert_near(sums.float(), total, logits)
         assert_near(torch.tensor(result.settings["total"]), total, logits)
+
+
+CHANGES = {
+    "stream": [AddVector(vector=torch.linspace(-3, 3, 128), where=Where(layers=(0, 3)))],
+    "embedding": [ScaleActivation(factor=2.0, point="hook_embed")],
+    "attention": [ScaleActivation(factor=2.0, point="attn_out", where=Where(positions=(-2, 1)))],
+    "mlp": [ScaleActivation(factor=2.0, point="mlp_out"), ScaleActivation(factor=0.5, point="resid_mid")],
+    "experts": [SetExpertOutput(experts=tuple(range(20)), value=torch.ones(128), where=Where(layers=(1,)))],
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_parts_sum_to_the_logit_under_interventions_too(nano, parts, change):
+    tokens = torch.randint(300, 2800, (2, 6), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), nano.intervene(CHANGES[change]):
+        logits = nano(tokens)
+        result = direct_logit_attribution(nano, tokens, 700, 600, parts=parts, pos=-2)
+    sums = result.frame.group_by("pair", maintain_order=True).agg(pl.col("value").sum())["value"].to_torch()
+    assert_near(sums.float(), logits[:, -2, 700] - logits[:, -2, 600], logits)
+    if change == "stream":
+        steered = result.frame.filter(pl.col("component") == "intervention")
+        assert steered["layer"].to_list() == [0, 3] * 2
+        assert steered["value"].abs().min() > 0.01
+    moved = ScaleActivation(factor=2.0, point="ln_final.hook_normalized")
+    with nano.intervene(moved), pytest.raises(InterventionError, match="expected the final norm as it is"):
+        direct_logit_attribution(nano, tokens, 700, parts=parts)
 
 
 def test_finer_parts_sum_to_coarser_ones(nano):

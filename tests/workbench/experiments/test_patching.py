@@ -273,6 +273,26 @@ def test_a_killed_sweep_continues_and_refuses_another_model(planted: Mechanism, 
         patch(m.model, pairs, metric, rows=16, out=tmp_path, progress=False)
 
 
+def test_a_sweep_continued_with_its_layers_in_another_order_has_every_cell_once(
+    planted: Mechanism, tmp_path: Path
+) -> None:
+    m = planted
+    pairs, metric = Pairs(m.clean, m.corrupt), logit_difference(m.correct, m.wrong)
+    calls: list[int] = []
+
+    def dying(logits: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return metric.score(logits)
+
+    with pytest.raises(KeyboardInterrupt):
+        patch(m.model, pairs, replace(metric, score=dying), layers=[1, 2], rows=16, out=tmp_path / "s", progress=False)
+    again = patch(m.model, pairs, metric, layers=[2, 1], rows=16, out=tmp_path / "s", progress=False)
+    assert again.frame.equals(patch(m.model, pairs, metric, layers=[2, 1], rows=16, progress=False).frame)
+    assert again.frame["layer"].is_sorted()
+
+
 PAIRS = Pairs(torch.arange(300, 306)[None], torch.arange(400, 406)[None])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from recorded import frozen
@@ -149,3 +151,15 @@ def test_reroutes_together_leave_enough_experts(moe: Qwen3Moe, tokens: Tensor) -
     ]
     for items in apart:
         assert torch.isfinite(moe(tokens, interventions=items)).all()
+
+
+def test_every_set_of_reroutes_that_meet_is_counted(moe: Qwen3Moe, tokens: Tensor) -> None:
+    """One that meets the first but not the second is not forgotten for the second's sake."""
+    first, second, third = reroute(0, 1, 2), reroute(7, phase="prefill"), reroute(3, 4, 5, phase="decode")
+    for items in itertools.permutations([first, second, third]):
+        with pytest.raises(InterventionError, match=r"got 2\. Use mode drop"):
+            moe.generate(tokens, max_new_tokens=2, interventions=items)
+    many = [reroute(0, positions=(0, place)) for place in range(1, 40)]  # all meet at the first token
+    assert torch.isfinite(moe(tokens, interventions=[*many, reroute(1, 2, 3, phase="prefill")])).all()
+    with pytest.raises(InterventionError, match=r"got 2\. Use mode drop"):
+        moe(tokens, interventions=[*many, reroute(1, 2, 3, 4, 5)])

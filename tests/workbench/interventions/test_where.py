@@ -9,7 +9,15 @@ from torch import Tensor
 
 from workbench.errors import InterventionError
 from workbench.hooks import HookPoint
-from workbench.interventions import AddVector, Interventions, KnockOut, PatchActivations, SetActivation, Where
+from workbench.interventions import (
+    AddVector,
+    Interventions,
+    KnockOut,
+    PatchActivations,
+    PerRow,
+    SetActivation,
+    Where,
+)
 from workbench.models import Llama, Qwen3Moe
 
 POINT = "blocks.1.hook_resid_post"
@@ -62,6 +70,22 @@ def test_prefill_and_decode(model: Llama, tokens: Tensor) -> None:
     assert decode[1:] == [[[True], [True]]] * 2
     whole = touched(model, Where(phase="decode"), lambda: model(batch, mask), n_prompt=[5, 2])
     assert whole[0] == [[False] * 5 + [True] * 2, [False] * 5 + [True] * 2], "told where the prompt ends"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", [Where(), Where(positions=(-1, 5)), Where(phase="decode")])
+def test_the_final_norm_is_reached_in_generation_as_in_a_pass(model: Llama, tokens: Tensor, where: Where) -> None:
+    """Only the last column is unembedded; which token it holds is known all the same."""
+    batch, mask = padded(tokens)
+    moved = AddVector(vector=torch.linspace(-9, 9, model.cfg.d_model), point="ln_final.hook_normalized", where=where)
+    options = {"max_new_tokens": 4, "stop_ids": (), "prefill_chunk": 5}
+    for items in ([moved], PerRow([[moved], [moved]])):
+        written = model.generate(batch, mask, interventions=items, **options).continuations()
+        for row, n_prompt, ids in zip(tokens, (7, 4), written, strict=True):
+            whole = torch.cat([row[:n_prompt], torch.tensor(ids)])[None]
+            logits = model(whole, interventions=Interventions([moved], n_prompt=[n_prompt]))
+            assert ids == logits[0, n_prompt - 1 : -1].argmax(-1).tolist()
+    assert written != model.generate(batch, mask, **options).continuations()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from serve_running import LIMITS, Running, running
 
 from workbench.chat import parse, render_tokens
-from workbench.interventions import KnockOut, Where, to_json
+from workbench.interventions import AddVector, KnockOut, Where, to_json
 from workbench.models import Llama
 from workbench.models.sampling import row_seeds
 from workbench.serve import routing_arrays
@@ -171,6 +171,18 @@ def test_an_intervention_acts_on_its_own_request(server: Running) -> None:
         generated(model, IDS, 16, interventions=[GONE]), text_start=False
     )
     assert plain.json()["choices"][0]["logprobs"] != changed.json()["choices"][0]["logprobs"]
+
+
+def test_an_intervention_on_the_final_norm_acts_from_the_first_token(server: Running) -> None:
+    model = server.service.model
+    moved = AddVector(
+        vector=torch.linspace(-9, 9, model.cfg.d_model), point="ln_final.hook_normalized", where=Where(positions=(-1,))
+    )
+    body = {"prompt": IDS, "max_tokens": 4, "temperature": 0}
+    bodies = body, {**body, "intervention": to_json([moved])}
+    plain, changed = (server.post(TEXT, one).json()["choices"][0]["text"] for one in bodies)
+    want = generated(model, IDS, 4, interventions=[moved])
+    assert changed == model.tokenizer.to_string(want, text_start=False) != plain
 
 
 @pytest.mark.parametrize("stream", [False, True])
