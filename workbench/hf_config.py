@@ -221,8 +221,7 @@ def _rope_from_hf(reader: _Reader) -> RopeConfig:
             "rope_scaling: expected to agree with rope_parameters, got both with different values. Keep one."
         )
     given = dict(parameters or scaling or {})
-    kind = given.pop("rope_type", None) or given.get("type", "default")
-    given.pop("type", None)
+    kind = _rope_kind(given.pop("rope_type", None), given.pop("type", None))
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise ConfigError(f"rope_type: expected one of {', '.join(_ROPE_KEYS)}, got {kind!r}. No other is implemented.")
     factor = given.pop("partial_rotary_factor", 1)
@@ -234,6 +233,13 @@ def _rope_from_hf(reader: _Reader) -> RopeConfig:
     if sorted(given) != sorted(_ROPE_KEYS[kind]):
         raise ConfigError(f"rope ({kind}): expected keys {list(_ROPE_KEYS[kind])}, got {sorted(given)}.")
     return RopeConfig(theta=theta, kind=kind, **given)
+
+
+def _rope_kind(name: Any, older: Any) -> Any:
+    """`rope_type`, or `type` as it was called before; both may be there if they agree, as old releases wrote them."""
+    if name is not None and older is not None and name != older:
+        raise ConfigError(f"rope_type: expected the same value as type, got {name!r} and {older!r}. Keep one.")
+    return name or older or "default"
 
 
 def _rope_theta(top: Any, inner: Any) -> Any:

@@ -98,6 +98,10 @@ def test_written_config_reads_back(base: dict) -> None:
         ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types: expected full_attention"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: expected one of .*got 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear"}}, r"rope \(linear\): expected keys"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 4.0}},
+            "rope_type: expected the same value as type, got 'linear' and 'dynamic'",
+        ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, "rope_theta: expected one value"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1"),
         ({"n_shared_experts": 1}, "n_shared_experts: expected only keys this code knows, got 1"),

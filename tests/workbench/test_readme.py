@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from workbench.cli import _parser
+from workbench.family import family_member
+from workbench.memory import record_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENGLISH, JAPANESE = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "README.ja.md"))
@@ -84,6 +87,16 @@ def test_every_file_named_by_a_command_exists() -> None:
     for command in re.findall(r"`((?:pytest|python) [^`]+)`", _unwrapped(prose(ENGLISH))):
         (file,) = [word for word in command.split() if word.endswith(".py")]
         assert (REPOSITORY / file).is_file(), command
+
+
+def test_what_a_study_records_is_what_the_readme_says() -> None:
+    cfg: Any = family_member("llm-jp-4-32b-a3b-thinking").config
+    routing = record_bytes(cfg, ["routing"], torch.bfloat16)
+    logits = sum(cfg.sparse_layers) * cfg.n_experts * torch.float16.itemsize
+    for text in (ENGLISH, JAPANESE):
+        said = re.findall(r"(\d+\.\d) kB", prose(text))
+        assert said == [f"{n / 1000:.1f}" for n in (routing + logits, routing, logits)]
+    assert _parser().parse_args(["study"]).router_logits
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Reading safetensors checkpoints: what the headers promise, and the tensors in small pieces.
+"""Reading safetensors checkpoints: what the headers promise, the tensors in small pieces, and the chat template.
 
 Nothing here knows a model. Headers are read and checked before any tensor is, and pickles are never opened.
 """
@@ -18,6 +18,7 @@ from workbench.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+TEMPLATE_FILE = "chat_template.jinja"
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -61,6 +62,26 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: expected a JSON object, got {type(value).__name__}. Download or write it again."
         )
     return value
+
+
+def read_template(directory: Path) -> str | None:
+    """The chat template of a checkpoint: its own file, else where transformers 4 wrote it, in tokenizer_config.json.
+
+    None when there is neither. Raises CheckpointError for one that is no text, as where several have names.
+    """
+    path, config = directory / TEMPLATE_FILE, directory / "tokenizer_config.json"
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: expected UTF-8 text, got {error}. Download or write it again.") from None
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if not isinstance(template, str | None):
+        raise CheckpointError(
+            f"{config}: expected chat_template to be one text, got {type(template).__name__}. "
+            f"Put the one to use into {TEMPLATE_FILE}."
+        )
+    return template
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:

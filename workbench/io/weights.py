@@ -23,10 +23,12 @@ from workbench.io.checkpoint import (
     FLOAT_DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
+    TEMPLATE_FILE,
     StoredTensor,
     raise_problems,
     read_headers,
     read_json,
+    read_template,
     stream,
 )
 from workbench.io.hub import resolve
@@ -38,7 +40,6 @@ from workbench.models.moe_weights import QuantizedWeight
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
-_TEMPLATE_FILE = "chat_template.jinja"
 _GENERATION_FILE = "generation_config.json"
 
 
@@ -186,7 +187,7 @@ def _part(params: Mapping[str, Tensor], slot: Slot) -> Tensor:
 def _attach(model: Llama, directory: Path, source: str) -> None:
     """Give the model what lies beside its weights."""
     model.source = source
-    model.chat_template = _read_template(directory / _TEMPLATE_FILE)
+    model.chat_template = read_template(directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
     model.tokenizer = Tokenizer.from_file(directory / "tokenizer.json") if has_tokenizer else None
     if has_tokenizer and model.tokenizer.d_vocab > model.cfg.d_vocab:
@@ -198,13 +199,6 @@ def _attach(model: Llama, directory: Path, source: str) -> None:
     # <|call|> ends a turn in this family even where a checkpoint's files forget to say so
     family = () if model.tokenizer is None else (model.tokenizer.eos_id, model.tokenizer.call_id)
     model.stop_ids = tuple(dict.fromkeys([*ends, *family]))
-
-
-def _read_template(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: expected UTF-8 text, got {error}. Download or write it again.") from None
 
 
 def _read_ends(path: Path, cfg: ModelConfig) -> Sequence[int]:
@@ -269,7 +263,7 @@ def _save_companions(model: Llama, directory: Path) -> None:
             if (beside / name).is_file():
                 shutil.copyfile(beside / name, directory / name)
     if model.chat_template is not None:
-        (directory / _TEMPLATE_FILE).write_text(model.chat_template, encoding="utf-8")
+        (directory / TEMPLATE_FILE).write_text(model.chat_template, encoding="utf-8")
     ends = {"bos_token_id": model.cfg.bos_id, "eos_token_id": list(model.stop_ids), "pad_token_id": model.cfg.pad_id}
     _write_json(directory / _GENERATION_FILE, {key: value for key, value in ends.items() if value not in (None, [])})
 
@@ -309,5 +303,5 @@ def _is_ours(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = {entry.name for entry in path.iterdir() if entry.suffix != ".safetensors"}
-    known = {"config.json", INDEX_FILE, "tokenizer.json", *_TOKENIZER_EXTRAS, _TEMPLATE_FILE, _GENERATION_FILE}
+    known = {"config.json", INDEX_FILE, "tokenizer.json", *_TOKENIZER_EXTRAS, TEMPLATE_FILE, _GENERATION_FILE}
     return (not names and not any(path.iterdir())) or ("config.json" in names and names <= known)

@@ -266,6 +266,23 @@ def test_a_template_that_is_no_utf8_is_refused(one_file: Path) -> None:
         load_model(one_file)
 
 
+def test_a_template_of_transformers_4_is_read_where_it_stands(one_file: Path, tmp_path: Path) -> None:
+    config = one_file / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "{{ old }}"}))
+    loaded = load_model(one_file)
+    assert loaded.chat_template == "{{ old }}"
+    assert load_model(save_model(loaded, tmp_path / "again")).chat_template == "{{ old }}"
+    (one_file / "chat_template.jinja").write_text("{{ own }}")
+    assert load_model(one_file).chat_template == "{{ own }}"
+
+
+@pytest.mark.parametrize("template", [[{"name": "default", "template": "{{ a }}"}], {"a": 1}, 3])
+def test_a_template_that_is_no_text_is_refused(one_file: Path, template: object) -> None:
+    (one_file / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: expected chat_template to be one text"):
+        load_model(one_file)
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(one_file: Path, tokenizer_json: str) -> None:
     (one_file / "tokenizer.json").write_text(tokenizer_json)
     with pytest.raises(CheckpointError, match="expected a tokenizer of at most 60 tokens, got"):
