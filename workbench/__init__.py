@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from workbench.hf_config import config_from_hf
     from workbench.io.prompts import load_prompts
     from workbench.io.runs import Run
+    from workbench.io.saving import save_model
     from workbench.io.tokens import Tokenizer
-    from workbench.io.weights import load_model, save_model
+    from workbench.io.weights import load_model
     from workbench.models import Llama, Qwen3Moe, build_model
     from workbench.plots.explorer import explore
     from workbench.study import run_study
@@ -38,7 +39,7 @@ _HOMES = {
     "load_model": "workbench.io.weights",
     "load_prompts": "workbench.io.prompts",
     "run_study": "workbench.study",
-    "save_model": "workbench.io.weights",
+    "save_model": "workbench.io.saving",
 }
 
 __all__ = [

@@ -190,7 +190,9 @@ def _n_experts(reader: _Reader) -> int:
 def _shared_from_hf(reader: _Reader) -> dict[str, Any]:
     count = "a positive integer"
     n_heads, d_model = reader.take("num_attention_heads", count), reader.take("hidden_size", count)
-    eos = reader.take("eos_token_id", "a token id or a list of them", []) if "eos_token_id" in reader.hf else 2
+    d_vocab = reader.take("vocab_size", count)
+    # what transformers makes of its absence differs: all heads in Llama, 4 in Qwen3-MoE, which is not guessed here
+    kv_default = (n_heads,) if reader.hf["model_type"] == "llama" else ()
     n_layers = reader.take("num_hidden_layers", count)
     if n_layers > MAX_LAYERS:
         raise ConfigError(f"num_hidden_layers: expected at most {MAX_LAYERS}, got {n_layers}. Check config.json.")
@@ -198,18 +200,26 @@ def _shared_from_hf(reader: _Reader) -> dict[str, Any]:
         "d_model": d_model,
         "n_layers": n_layers,
         "n_heads": n_heads,
-        "n_kv_heads": reader.take("num_key_value_heads", count, n_heads),
+        "n_kv_heads": reader.take("num_key_value_heads", count, *kv_default),
         "d_head": reader.take("head_dim", count, d_model // n_heads),
         "d_mlp": reader.take("intermediate_size", count),
-        "d_vocab": reader.take("vocab_size", count),
+        "d_vocab": d_vocab,
         "n_ctx": reader.take("max_position_embeddings", count),
         "norm_eps": reader.take("rms_norm_eps", "a number"),
         "rope": _rope_from_hf(reader),
         "tie_embeddings": reader.take("tie_word_embeddings", "true or false", False),
         "bos_id": reader.take("bos_token_id", "a token id", None if "bos_token_id" in reader.hf else 1),
-        "eos_ids": tuple(eos) if isinstance(eos, list) else (eos,),
+        "eos_ids": _eos_ids(reader, d_vocab),
         "pad_id": reader.take("pad_token_id", "a token id", None),
     }
+
+
+def _eos_ids(reader: _Reader, d_vocab: int) -> tuple[int, ...]:
+    given = reader.take("eos_token_id", "a token id or a list of them", []) if "eos_token_id" in reader.hf else 2
+    ids = tuple(given) if isinstance(given, list) else (given,)
+    if "eos_token_id" in reader.hf and not all(token_id < d_vocab for token_id in ids):
+        raise ConfigError(f"eos_token_id: expected ids below {d_vocab}, the vocabulary, got {given!r}. Correct it.")
+    return ids
 
 
 def _rope_from_hf(reader: _Reader) -> RopeConfig:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from workbench.chat import harmony_template
 from workbench.hooks import HookPoint
+from workbench.io.saving import save_model
 from workbench.io.tokens import Tokenizer
-from workbench.io.weights import save_model
 from workbench.models import Llama, Qwen3Moe, build_model, init_weights
 
 IMPLEMENTATION = "grouped_mm"  # the faster one for gradients in float32 on a CPU

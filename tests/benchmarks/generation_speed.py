@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from workbench.io.hub import BUNDLED_DIR
-from workbench.io.weights import load_model, save_model
+from workbench.io.saving import save_model
+from workbench.io.weights import load_model
 from workbench.models import Llama, build_model, init_weights
 
 Run = Callable[[], Tensor]

@@ -10,8 +10,8 @@ import pytest
 from workbench.config import Qwen3MoeConfig, RopeConfig
 from workbench.io.prompts import Prompt
 from workbench.io.runs import Run
+from workbench.io.saving import save_model
 from workbench.io.tokens import Tokenizer
-from workbench.io.weights import save_model
 from workbench.models import Llama, build_model, init_weights
 from workbench.study import Settings, run_study
 

@@ -141,6 +141,7 @@ def test_written_config_reads_back(base: dict) -> None:
             },
             "rope low_freq_factor: expected less than high_freq_factor",
         ),
+        ({"eos_token_id": [2, 100]}, "eos_token_id: expected ids below 100, the vocabulary"),
         ({"eos_token_id": "2"}, "eos_token_id: expected a token id or a list of them, got '2'"),
         ({"num_experts": [8]}, r"num_experts: expected a positive integer, got \[8\]"),
         ({"model_type": "mixtral"}, "model_type: expected one of llama, qwen3_moe, got 'mixtral'"),
@@ -163,7 +164,9 @@ def test_a_sliding_window_in_llama_is_refused() -> None:
         config_from_hf(changed(LLAMA, sliding_window=4096))
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_experts", "rope_theta", "vocab_size", "rms_norm_eps"])
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_experts", "rope_theta", "vocab_size", "rms_norm_eps", "num_key_value_heads"]
+)
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}: expected"):
         config_from_hf(without(MOE, key))

@@ -13,6 +13,7 @@ import torch
 
 from workbench.cli import _parser
 from workbench.family import family_member
+from workbench.interventions import load_interventions
 from workbench.memory import record_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -79,7 +80,9 @@ def test_every_command_parses() -> None:
     ours = [command for command in commands if command and command[0] == "workbench"]
     assert len(ours) >= 6
     for command in ours:
-        _parser().parse_args(command[1:])
+        arguments = _parser().parse_args(command[1:])
+        if file := getattr(arguments, "intervention", None):
+            assert load_interventions(REPOSITORY / file)
     assert {command[0] for command in commands if command} == {"make", "workbench"}
 
 

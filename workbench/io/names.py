@@ -6,8 +6,10 @@ transformers 5 still writes by default); "fused" has two stacked tensors per lay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
 
 from workbench.config import ModelConfig, Qwen3MoeConfig
 from workbench.errors import CheckpointError
@@ -25,6 +27,12 @@ class Slot(NamedTuple):
     param: str
     expert: int | None = None
     rows: slice = slice(None)
+
+
+def slot_part(params: Mapping[str, Tensor], slot: Slot) -> Tensor:
+    """The view of a parameter that a slot means."""
+    whole = params[slot.param]
+    return whole if slot.expert is None else whole[slot.expert, slot.rows]
 
 
 def slots(cfg: ModelConfig, layout: Layout) -> dict[str, Slot]:

@@ -1,29 +1,22 @@
-"""Checkpoints in and out: Hugging Face safetensors directories, streamed into our models and written from them."""
+"""Checkpoints in: Hugging Face safetensors directories, streamed into our models."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from workbench.config import ModelConfig
 from workbench.errors import CheckpointError, HookError
-from workbench.hf_config import config_from_hf, config_to_hf
+from workbench.hf_config import config_from_hf
 from workbench.hooks import as_device
 from workbench.io.checkpoint import (
     FLOAT_DTYPES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    TEMPLATE_FILE,
+    GENERATION_FILE,
     StoredTensor,
     raise_problems,
     read_headers,
@@ -32,15 +25,13 @@ from workbench.io.checkpoint import (
     stream,
 )
 from workbench.io.hub import resolve
-from workbench.io.names import TIED_HEAD, Layout, Slot, ignorable, layout_of, slots
-from workbench.io.quantise import ErrorTally, refuse_quantised, store_piece
+from workbench.io.names import TIED_HEAD, Slot, ignorable, layout_of, slot_part, slots
+from workbench.io.quantise import ErrorTally, store_piece
 from workbench.io.tokens import Tokenizer
 from workbench.models import Llama, build_model
 from workbench.models.moe_weights import QuantizedWeight
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES.values()}
-_TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
-_GENERATION_FILE = "generation_config.json"
 
 
 def load_model(
@@ -78,32 +69,6 @@ def load_model(
     return model
 
 
-def save_model(
-    model: Llama,
-    path: str | os.PathLike[str],
-    layout: Layout = "per_expert",
-    max_shard_bytes: int = 5_000_000_000,
-) -> Path:
-    """Write `model` to directory `path` as transformers reads it, with its tokenizer and chat template; returns `path`.
-
-    `layout` "per_expert" stores three matrices per expert (transformers 4 and 5), "fused" two stacked tensors per layer
-    (transformers 5). The directory appears whole or not at all; an earlier checkpoint there is replaced, any other
-    non-empty directory raises CheckpointError.
-    """
-    if max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_bytes: expected a positive size, got {max_shard_bytes}. Give bytes, as 5e9.")
-    refuse_quantised(model)
-    path = Path(path).expanduser().resolve()
-    params = dict(model.named_parameters())
-    tensors = {name: _part(params, slot).detach() for name, slot in slots(model.cfg, layout).items()}
-    with _replacing(path) as directory:
-        _save_shards(tensors, directory, max_shard_bytes)
-        dtype = str(model.dtype).removeprefix("torch.")
-        _write_json(directory / "config.json", {**config_to_hf(model.cfg), "dtype": dtype})
-        _save_companions(model, directory)
-    return path
-
-
 def _read_config(directory: Path) -> ModelConfig:
     hf = read_json(directory / "config.json")
     quantized = hf.get("quantization_config")
@@ -121,7 +86,7 @@ def _check_headers(
 ) -> None:
     """Compare what the shards hold with what the model needs, before any memory is spent on it."""
     skeleton = dict(build_model(cfg, device="meta").named_parameters())
-    shapes = {name: tuple(_part(skeleton, slot).shape) for name, slot in table.items()}
+    shapes = {name: tuple(slot_part(skeleton, slot).shape) for name, slot in table.items()}
     if cfg.tie_embeddings and TIED_HEAD in stored:
         shapes[TIED_HEAD] = tuple(skeleton["embed.weight"].shape)
     problems = [f"{name}: missing" for name in shapes if name not in stored]
@@ -160,7 +125,7 @@ def _fill(
             elif table[name].param in holders:
                 store_piece(holders[table[name].param], table[name], rows, piece, tally)
             else:
-                _part(params, table[name])[rows].copy_(cast)
+                slot_part(params, table[name])[rows].copy_(cast)
             bar.update(piece.nbytes)
         for name, rows, piece in stream({name: stored[name] for name in stored.keys() - table.keys()}):
             # Only a tied head is left: a copy of the embedding, or the config is wrong to tie them.
@@ -178,12 +143,6 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _part(params: Mapping[str, Tensor], slot: Slot) -> Tensor:
-    """The view of a parameter that a slot means."""
-    whole = params[slot.param]
-    return whole if slot.expert is None else whole[slot.expert, slot.rows]
-
-
 def _attach(model: Llama, directory: Path, source: str) -> None:
     """Give the model what lies beside its weights."""
     model.source = source
@@ -195,7 +154,7 @@ def _attach(model: Llama, directory: Path, source: str) -> None:
             f"{directory}: expected a tokenizer of at most {model.cfg.d_vocab} tokens, got {model.tokenizer.d_vocab}. "
             "Put the model's own tokenizer.json there."
         )
-    ends = _read_ends(directory / _GENERATION_FILE, model.cfg)
+    ends = _read_ends(directory / GENERATION_FILE, model.cfg)
     # <|call|> ends a turn in this family even where a checkpoint's files forget to say so
     family = () if model.tokenizer is None else (model.tokenizer.eos_id, model.tokenizer.call_id)
     model.stop_ids = tuple(dict.fromkeys([*ends, *family]))
@@ -230,78 +189,3 @@ def _as_device(device: str | torch.device) -> torch.device:
     if found.type == "meta":
         raise CheckpointError("device: expected one that holds weights, got 'meta'. Use build_model for a skeleton.")
     return found
-
-
-def _save_shards(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = [SINGLE_FILE]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in shard.items()}, directory / file, {"format": "pt"}
-        )
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _save_companions(model: Llama, directory: Path) -> None:
-    """Write what lies beside the weights: tokenizer files, chat template, and the ids that end a generation."""
-    if model.tokenizer is not None:
-        (directory / "tokenizer.json").write_bytes(model.tokenizer.data)
-        beside = Path(model.tokenizer.source).parent
-        for name in _TOKENIZER_EXTRAS:
-            if (beside / name).is_file():
-                shutil.copyfile(beside / name, directory / name)
-    if model.chat_template is not None:
-        (directory / TEMPLATE_FILE).write_text(model.chat_template, encoding="utf-8")
-    ends = {"bos_token_id": model.cfg.bos_id, "eos_token_id": list(model.stop_ids), "pad_token_id": model.cfg.pad_id}
-    _write_json(directory / _GENERATION_FILE, {key: value for key, value in ends.items() if value not in (None, [])})
-
-
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A directory beside `path` that takes its place once it is complete, and vanishes if anything goes wrong."""
-    if path.exists() and not _is_ours(path):
-        raise CheckpointError(
-            f"{path}: expected a new directory or an earlier checkpoint, got something else. Choose another path."
-        )
-    unique = uuid.uuid4().hex[:8]
-    new, old = path.with_name(f".{path.name}.{unique}.new"), path.with_name(f".{path.name}.{unique}.old")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.mkdir()
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected a place to write, got {error.strerror}. Choose another.") from None
-    try:
-        yield new
-        if path.is_dir():
-            path.rename(old)
-        new.rename(path)
-    finally:
-        if old.is_dir() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a path holds nothing, or only what a checkpoint consists of, so that replacing it loses nothing else."""
-    if not path.is_dir():
-        return False
-    names = {entry.name for entry in path.iterdir() if entry.suffix != ".safetensors"}
-    known = {"config.json", INDEX_FILE, "tokenizer.json", *_TOKENIZER_EXTRAS, TEMPLATE_FILE, _GENERATION_FILE}
-    return (not names and not any(path.iterdir())) or ("config.json" in names and names <= known)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import polars as pl
 import pytest
 import torch
@@ -9,10 +12,13 @@ import torch
 from workbench.chat.parse import label_tokens
 from workbench.errors import ConfigError
 from workbench.experiments.contrasts import Contrast, channel_contrast, chat, effort_contrast, language_contrast
+from workbench.experiments.result import Result
 from workbench.experiments.steering import evaluate_steering, japanese_share, log_odds, steering_vectors, written_length
 from workbench.interventions import Where
 from workbench.io.prompts import load_prompts, select
 from workbench.planted.mechanisms import copying_head, deciding_route
+
+TASKS = Path(__file__).resolve().parents[3] / "workbench" / "evals" / "tasks"
 
 
 def planted_contrast(planted, pairs):
@@ -102,17 +108,22 @@ def test_contrasts_read_what_they_say(nano, prompts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["nano", "nano_dense"])
-def test_japanese_steering_turns_held_out_english_prompts(which, request, prompts):
+def test_japanese_steering_turns_english_questions_that_the_model_answers_in_english(which, request, prompts):
     model = request.getfixturevalue(which)
-    made = language_contrast(select(prompts, split="discovery")[:80], model.tokenizer)
-    held_out = [chat(p.text, model.tokenizer) for p in select(prompts, split="validation", lang="en")[:12]]
+    made = select(prompts, split="discovery")[:80]
+    rows = [json.loads(line) for line in (TASKS / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = {row["question"] for row in rows if row["kind"] == "facts" and row["lang"] == "en"}
+    held_out = [chat(text, model.tokenizer) for text in sorted(asked - {prompt.text for prompt in made})]
+    steering = steering_vectors(model, language_contrast(made, model.tokenizer))
     result = evaluate_steering(
-        model, steering_vectors(model, made), held_out, japanese_share(24), layers=[1, 2, 3], scales=(1,), n_random=2
+        model, steering, held_out, japanese_share(24), layers=[1, 2, 3], scales=(0, 1), n_random=2
     )
-    means = {row["vector"]: row for row in result.mean("change", by="vector").rows(named=True)}
-    assert means["steering"]["low"] > 0.05  # how much is the checkpoint's affair
-    assert means["steering"]["low"] > max(means["random 0"]["mean"], means["random 1"]["mean"])
-    assert means["steering"]["n_units"] == 12
+    assert result.frame.filter(pl.col("scale") == 0)["value"].max() == 0, "no Japanese without it"
+    changed = result.frame.filter(pl.col("scale") == 1)
+    means = {row["vector"]: row for row in Result(changed, {}).mean("change", by="vector").rows(named=True)}
+    assert means["steering"]["n_units"] == len(held_out) > 15
+    assert means["steering"]["low"] > 0.02, "the interval over prompts is above none"
+    assert means["steering"]["mean"] > 3 * max(means["random 0"]["mean"], means["random 1"]["mean"])
 
 
 def test_length_counts_what_is_written(nano, prompts):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench.io.weights import save_model
+from workbench.io.saving import save_model
 from workbench.models import Llama
 
 

@@ -11,7 +11,8 @@ import pytest
 from tests.checkpoints import REPOSITORY, assert_same_weights, run_python
 from workbench.errors import CheckpointError
 from workbench.io import hub
-from workbench.io.weights import load_model, save_model
+from workbench.io.saving import save_model
+from workbench.io.weights import load_model
 from workbench.models import Llama
 
 

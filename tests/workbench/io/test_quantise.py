@@ -15,7 +15,8 @@ from workbench.config import Qwen3MoeConfig, RopeConfig
 from workbench.errors import CheckpointError, ConfigError
 from workbench.family import FAMILY
 from workbench.io.quantise import memory, model_bytes, quantise_experts
-from workbench.io.weights import load_model, save_model
+from workbench.io.saving import save_model
+from workbench.io.weights import load_model
 from workbench.models import Llama, build_model, init_weights
 from workbench.models.moe_weights import QuantizedWeight
 

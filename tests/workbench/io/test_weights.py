@@ -21,7 +21,8 @@ from workbench.config import Qwen3MoeConfig, RopeConfig
 from workbench.errors import CheckpointError, ConfigError
 from workbench.io import checkpoint
 from workbench.io.names import slots
-from workbench.io.weights import load_model, save_model
+from workbench.io.saving import save_model
+from workbench.io.weights import load_model
 from workbench.models import Llama, build_model, init_weights
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -363,7 +364,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(
     def full(*args: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("workbench.io.weights.save_file", full)
+    monkeypatch.setattr("workbench.io.saving.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(moe, one_file)
     assert_same_weights(moe, load_model(one_file))

@@ -11,7 +11,8 @@ import torch
 
 from workbench.errors import ConfigError
 from workbench.hooks import ActivationCache
-from workbench.io.weights import load_model, save_model
+from workbench.io.saving import save_model
+from workbench.io.weights import load_model
 from workbench.models import Qwen3Moe
 from workbench.planted.design import ROLES, Design, Vocabulary
 from workbench.planted.documents import language_documents, sequences

@@ -7,7 +7,8 @@ import torch
 
 from workbench.errors import ConfigError
 from workbench.hooks import HookPoint
-from workbench.io.weights import load_model, save_model
+from workbench.io.saving import save_model
+from workbench.io.weights import load_model
 from workbench.models import Llama
 from workbench.planted.mechanisms import Mechanism, copying_head, deciding_route, writing_mlp
 

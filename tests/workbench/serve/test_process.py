@@ -21,7 +21,7 @@ from serve_running import LIMITS, running
 
 from workbench.cli import main
 from workbench.interventions import KnockOut, save_interventions
-from workbench.io.weights import save_model
+from workbench.io.saving import save_model
 from workbench.models import Llama
 from workbench.serve.app import create_app
 from workbench.serve.service import Identity, Service
