@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from notebooks.execute import FOLDER
-from tests.notebooks.jupyter import browser_page, running_lab
+from tests.notebooks.jupyter import browser_page, n_figures, running_lab, wait_for_figures
 
 HERE = Path(__file__).resolve().parent
 # file name of the image -> theme, notebook, the cell that is shown on top
@@ -29,7 +29,7 @@ def main() -> None:
             with browser_page(viewport={"width": 1280, "height": 860}) as watched:
                 page = watched.page
                 page.goto(lab.url(f"{name}.ipynb"))
-                page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot .main-svg .plot').length > 1")
+                wait_for_figures(page, n_figures(FOLDER / f"{name}.ipynb"))
                 page.keyboard.press("Control+b")  # closes the file browser
                 page.locator(".jp-Notebook .jp-Cell").nth(cell).evaluate(
                     "cell => cell.scrollIntoView({block: 'start'})"

@@ -17,7 +17,10 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import nbformat
+
 from notebooks.execute import environment
+from tests.notebooks.checks import PLOTLY
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage"]
@@ -120,3 +123,21 @@ def _note(watched: Watched, message: Any) -> None:
 def _note_request(watched: Watched, url: str) -> None:
     if not url.startswith(("file:", "data:", "blob:")):
         watched.problems.append(f"a request: {url}")
+
+
+def n_figures(path: Path) -> int:
+    """Stored in a notebook."""
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return sum(PLOTLY in output.get("data", {}) for output in outputs)
+
+
+def wait_for_figures(page: Any, n: int) -> None:
+    """Until that many figures have something drawn in them; raises AssertionError when there are more."""
+    marks = ".point, .heatmaplayer image, path.js-line, .trace"
+    page.wait_for_function(
+        "([n, marks]) => [...document.querySelectorAll('.js-plotly-plot')]"
+        ".filter(figure => figure.querySelector(marks)).length >= n",
+        arg=[n, marks],
+    )
+    assert page.locator(".js-plotly-plot").count() == n

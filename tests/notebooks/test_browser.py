@@ -10,8 +10,7 @@ import nbformat
 import pytest
 
 from notebooks.execute import FOLDER
-from tests.notebooks.checks import PLOTLY
-from tests.notebooks.jupyter import CHROMIUM, Lab, browser_page, running_lab
+from tests.notebooks.jupyter import CHROMIUM, Lab, browser_page, n_figures, running_lab, wait_for_figures
 from workbench.plots.export import notebook_html
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -23,23 +22,6 @@ pytestmark = [
 pytest.importorskip("playwright.sync_api")
 pytest.importorskip("jupyterlab", reason="needs the extra notebooks")
 WINDOW = {"viewport": {"width": 1400, "height": 1100}}
-
-
-def n_figures(path: Path) -> int:
-    cells = nbformat.read(path, as_version=4).cells
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return sum(PLOTLY in output.get("data", {}) for output in outputs)
-
-
-def wait_for_figures(page: Any, n: int) -> None:
-    """Until that many figures have something drawn in them, and no more."""
-    marks = ".point, .heatmaplayer image, path.js-line, .trace"
-    page.wait_for_function(
-        "([n, marks]) => [...document.querySelectorAll('.js-plotly-plot')]"
-        ".filter(figure => figure.querySelector(marks)).length >= n",
-        arg=[n, marks],
-    )
-    assert page.locator(".js-plotly-plot").count() == n
 
 
 @pytest.fixture
