@@ -66,7 +66,9 @@ def test_start_here_runs_top_to_bottom_and_its_explorer_works(lab: Lab, theme: s
         page.goto(lab.url(START))
         page.get_by_text("Python 3 | Idle").or_(page.get_by_text("Python 3 (ipykernel) | Idle")).wait_for()
         assert page.locator("body").get_attribute("data-jp-theme-light") == str("Light" in theme).lower()
-        run_all(page)  # JupyterLab runs scripts of outputs that it saw being made, not of a file that came from elsewhere
+        run_all(
+            page
+        )  # JupyterLab runs scripts of outputs that it saw being made, not of a file that came from elsewhere
         wait_for_figures(page, n_figures(FOLDER / START))
         explore(page)
         assert_readable(page)
@@ -140,6 +142,6 @@ def test_the_exported_page_has_everything_offline(path: Path, tmp_path: Path) ->
     with browser_page(offline=True, **WINDOW) as watched:
         watched.page.goto(exported.as_uri())
         wait_for_figures(watched.page, n_figures(path))
-        n_explorers = path.read_text(encoding="utf-8").count(r'<div class=\"wbx\"')
+        n_explorers = path.read_text(encoding="utf-8").count(r"<div class=\"wbx\"")
         assert watched.page.locator(".wbx[data-mounted]").count() == n_explorers
         assert watched.problems == []
