@@ -27,9 +27,9 @@ def route_regret(
     routes: doc_id, pos, layer, route (0: the router's own), nll, as `experiments.routes` gives them; by: columns of
     routes or tokens, say ("layer", "lang"). Per token, in nats: gain = mean nll of the other routes - the router's;
     regret = the router's nll - the least of all (arXiv 2605.07260), which is never negative and grows with the number
-    of routes tried; regret_null = the same with any of the routes in the router's place, mean nll - least; excess_regret
-    = regret - regret_null; rank = share of the other routes that are better, ties as half. Means over the tokens of a
-    unit, then over units, each with _low, _high: 95%, Student's t over units.
+    of routes tried; regret_null = the same with any of the routes in the router's place, mean nll - least;
+    excess_regret = regret - regret_null; rank = share of the other routes that are better, ties as half. Means over the
+    tokens of a unit, then over units, each with _low, _high: 95%, Student's t over units.
 
     Null: the router's route is exchangeable with the others it might have taken: gain 0, excess_regret 0, rank 0.5. t,
     p_adjusted: of gain, sign flips over units, max-T over all rows that all units have. Tokens without another route

@@ -21,6 +21,7 @@ from workbench.stats import (
     information,
     logits,
     matching,
+    paths,
     specialisation,
     validation,
 )
@@ -79,7 +80,7 @@ def test_every_measure_takes_what_a_run_holds_and_says_on_how_much_it_rests(run:
         "timeline": events.timeline(motion, tokens, "turnover", segments=("user",), n_bins=3),
         "pairs": coactivation.coactivation(tokens, routing, E, n_draws=19),
         "steps": coactivation.cross_layer(tokens, routing, E, n_draws=19),
-        "paths": coactivation.paths(tokens, routing)[1],
+        "paths": paths.paths(tokens, routing)[1],
         "contribution": contribution.expert_contribution(tokens, routing, E),
         "sinks": contribution.sink_experts(tokens, routing, E, n_resamples=100),
         "drift": drift.routing_drift(tokens, routing, routing),
