@@ -91,9 +91,10 @@ def _components(cache: ActivationCache, layer: int, parts: str) -> tuple[list[st
 
 
 def _scores(model: Llama, cache: ActivationCache, layer: int, written: Tensor) -> np.ndarray:  # [component pos expert]
-    block = model.blocks[layer]
     scale = inverse_rms(cache["resid_mid", layer], model.cfg.norm_eps)  # [1 pos 1]
-    scores = (written * scale * wide(block.ln2.weight)) @ wide(block.mlp.router.weight).T
+    gain = model.get_parameter(f"blocks.{layer}.ln2.weight")
+    router = model.get_parameter(f"blocks.{layer}.mlp.router.weight")  # [expert d_model]
+    scores = (written * scale * wide(gain)) @ wide(router).T
     return (scores - scores.mean(-1, keepdim=True)).cpu().numpy()
 
 

@@ -86,7 +86,8 @@ def _document(
 
 def _alternatives(logits: np.ndarray, own: np.ndarray, n: int, rng: np.random.Generator) -> list[list[int]]:
     """Up to n sets of k experts, by descending logit; given up after 20 draws for each that is wanted."""
-    k, seen, found = len(own), {frozenset(own.tolist())}, []
+    k, seen = len(own), {frozenset(own.tolist())}
+    found: list[list[int]] = []
     for _ in range(20 * n):
         drawn = np.argsort(-(logits + rng.gumbel(size=len(logits))))[:k]
         if len(found) < n and frozenset(drawn.tolist()) not in seen:
