@@ -201,8 +201,9 @@ def _interval(name: str, values: np.ndarray) -> dict[str, float]:
 def _selectivity(ja: np.ndarray, en: np.ndarray) -> dict[str, float]:
     """The index over groups that are in both languages, and its interval.
 
-    Near 0 / 0 the index jumps and a jackknife cannot see how far, so where both languages' intervals hold 0 nothing is
-    ruled out.
+    A jackknife does not see where the index jumps or is flat: where both languages' intervals hold 0 (near 0 / 0)
+    nothing is ruled out, and where the effects differ in sign (the index is 1 or -1, whatever their size) the interval
+    reaches as far as either language's own.
     """
     paired = np.isfinite(ja) & np.isfinite(en)
     ja, en = ja[paired], en[paired]
@@ -214,8 +215,12 @@ def _selectivity(ja: np.ndarray, en: np.ndarray) -> dict[str, float]:
         return _index(ja[kept].mean(), en[kept].mean())
 
     estimate, low, high = jackknife_interval(index, len(ja))
-    if all(low_ <= 0 <= high_ for low_, high_ in (t_interval(ja), t_interval(en))):
+    of_ja, of_en = t_interval(ja), t_interval(en)
+    if all(ends[0] <= 0 <= ends[1] for ends in (of_ja, of_en)):
         low, high = np.array(-1.0), np.array(1.0)
+    elif ja.mean() * en.mean() <= 0:
+        reached = [_index(end, en.mean()) for end in of_ja] + [_index(ja.mean(), end) for end in of_en]
+        low, high = np.min(reached), np.max(reached)
     return {
         "selectivity": float(estimate),
         "selectivity_low": max(float(low), -1.0),
