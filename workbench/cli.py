@@ -84,7 +84,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     if arguments.quick:
         scope = planted.quick(*shape)
     else:
-        scope = planted.Scope(*shape, groups=tuple(arguments.groups), held=arguments.held)
+        scope = planted.Scope(*shape, groups=tuple(arguments.groups), nulls=arguments.nulls, held=arguments.held)
     out = arguments.out or Path("runs") / f"calibration-{shape[0]}x{shape[1]}"
     tables, floors = planted.calibrate(scope, out)
     figure = calibration_curves(tables["accuracy"])
@@ -230,13 +230,8 @@ def _add_calibrate(command: argparse.ArgumentParser) -> None:
     add("--k", type=int, default=4, metavar="K", help="experts per token (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="default: runs/calibration-ExK; an unfinished calibration is continued")
     add("--groups", type=int, nargs="+", default=(10, 20, 40), metavar="N", help="document pairs (default: 10 20 40)")
-    add(
-        "--held",
-        type=int,
-        default=60,
-        metavar="N",
-        help="trials of one checkpoint, for coverage (default: %(default)s)",
-    )
+    add("--nulls", type=int, default=400, metavar="N", help="trials without any effect (default: %(default)s)")
+    add("--held", type=int, default=60, metavar="N", help="trials per coverage of intervals (default: %(default)s)")
     add("--quick", action="store_true", help="a minute instead of many, with wide intervals")
     command.set_defaults(run=calibrate)
 

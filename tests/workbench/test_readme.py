@@ -25,6 +25,7 @@ HEADINGS = {
     "Where to read on": "続きを読む",
     "The real models": "実際のモデル",
     "Layout": "構成",
+    "Findings": "分かったこと",
     "What was measured and what was not": "測ったものと測っていないもの",
     "Licence": "ライセンス",
 }

@@ -17,7 +17,7 @@ from workbench.axes import LANGUAGES
 from workbench.errors import ConfigError
 from workbench.experiments.knockout import Edit, Outcome, routing_of, run_edits
 from workbench.models import Llama
-from workbench.stats.resampling import bootstrap_mean
+from workbench.stats.resampling import jackknife_interval, t_interval
 
 Place = tuple[int, int]  # (layer, expert)
 LOAD_TOLERANCE = 0.1
@@ -27,11 +27,10 @@ MIN_CONTROLS = 20
 @dataclass(frozen=True)
 class AuditPlan:
     """kinds: of edits, see `knockout.Edit`. n_controls: random draws per expert and kind; the empirical p cannot be
-    smaller than 1 / (n_controls + 1). seed: of the draws and of the bootstrap."""
+    smaller than 1 / (n_controls + 1). seed: of the draws."""
 
     kinds: tuple[str, ...] = ("drop", "reroute", "force")
     n_controls: int = MIN_CONTROLS
-    n_resamples: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,10 +53,11 @@ def audit_experts(
 
     tokens: the documents, axes.TOKEN_COLUMNS. Controls are random experts of the same layer, neither flagged nor in
     `exclude` (super experts belong there), taken at as many token-slots as the flagged one has, within 10%. kl and
-    d_nll_* are means over prompt groups, nats per content token, with 95% bootstrap intervals over groups.
+    d_nll_* are means over prompt groups, nats per content token, with 95% intervals over groups (`t_interval`).
     selectivity = (d_nll_ja - d_nll_en) / (|d_nll_ja| + |d_nll_en|), from -1 (English alone) to 1 (Japanese alone), with
-    an interval from the same draws of groups for both languages. p_kl, p_selective: share of controls with at least
-    as large a KL, or as large a difference between the languages; the flagged expert counts as one of them.
+    a jackknife interval over the groups in both languages, or all of [-1, 1] where neither effect is certain. p_kl,
+    p_selective: share of controls with at least as large a KL, or as large a difference between the languages; the
+    flagged expert counts as one of them.
     Raises ConfigError for layers or experts that do not exist.
     """
     plan = plan or AuditPlan()
@@ -79,7 +79,7 @@ def audit_experts(
 
 def removal_effects(
     model: Llama, tokens: pl.DataFrame, places: Sequence[Place], kind: str = "reroute", batch_size: int = 16,
-    n_resamples: int = 2000, seed: int = 0, progress: bool = False,
+    progress: bool = False,
 ) -> pl.DataFrame:  # fmt: skip
     """What an edit of each (layer, expert) does, without controls: the columns of the audit up to `selectivity_high`.
 
@@ -88,17 +88,17 @@ def removal_effects(
     edits = [Edit(kind, layer, (expert,)) for layer, expert in places]
     outcome = run_edits(model, tokens, edits, batch_size, progress)
     groups = _by_group(outcome)
-    rows = [_effect_row(groups, place, edit, n_resamples, seed) for place, edit in enumerate(edits)]
+    rows = [_effect_row(groups, place, edit) for place, edit in enumerate(edits)]
     return pl.DataFrame(rows, schema=EFFECT_SCHEMA)
 
 
 def pair_effects(
     model: Llama, tokens: pl.DataFrame, layer: int, pairs: Sequence[tuple[int, int]], kind: str = "reroute",
-    batch_size: int = 16, n_resamples: int = 2000, seed: int = 0,
+    batch_size: int = 16,
 ) -> pl.DataFrame:  # fmt: skip
     """Remove pairs of one layer's experts together and apart: redundancy shows as more effect together.
 
-    Columns: layer, expert_a, expert_b, kl_a, kl_b, kl_both, excess = kl_both - kl_a - kl_b with its 95% bootstrap
+    Columns: layer, expert_a, expert_b, kl_a, kl_b, kl_both, excess = kl_both - kl_a - kl_b with its 95%
     interval over groups (excess_low, excess_high), nats per content token; largest excess first. A single removal of
     an expert whose work another can do shows next to nothing (self-repair): excess finds it.
     """
@@ -110,7 +110,7 @@ def pair_effects(
         alone = kl[singles.index(a)], kl[singles.index(b)]
         both = kl[len(singles) + place]
         excess = both - alone[0] - alone[1]
-        low, high = bootstrap_mean(excess, n_resamples, seed)
+        low, high = t_interval(excess)
         means = [float(np.mean(values)) for values in (*alone, both, excess)]
         rows.append((layer, a, b, *means, float(low), float(high)))
     names = ["layer", "expert_a", "expert_b", "kl_a", "kl_b", "kl_both", "excess", "excess_low", "excess_high"]
@@ -182,31 +182,50 @@ def _by_group(outcome: Outcome) -> _Groups:
     return _Groups(mean(outcome.kl, None), {lang: mean(outcome.d_nll, lang) for lang in LANGUAGES})
 
 
-def _effect_row(groups: _Groups, place: int, edit: Edit, n_resamples: int, seed: int) -> dict[str, object]:
+def _effect_row(groups: _Groups, place: int, edit: Edit) -> dict[str, object]:
     row: dict[str, object] = {"layer": edit.layer, "expert": edit.experts[0], "kind": edit.kind}
-    row |= _interval("kl", groups.kl[place], n_resamples, seed)
+    row |= _interval("kl", groups.kl[place])
     by_lang = {lang: groups.d_nll[lang][place] for lang in LANGUAGES}
     for lang, values in by_lang.items():
-        row |= _interval(f"d_nll_{lang}", values, n_resamples, seed)
-    return row | _selectivity(by_lang["ja"], by_lang["en"], n_resamples, seed)
+        row |= _interval(f"d_nll_{lang}", values)
+    return row | _selectivity(by_lang["ja"], by_lang["en"])
 
 
-def _interval(name: str, values: np.ndarray, n_resamples: int, seed: int) -> dict[str, float]:
+def _interval(name: str, values: np.ndarray) -> dict[str, float]:
     values = values[np.isfinite(values)]
-    low, high = bootstrap_mean(values, n_resamples, seed) if len(values) else (np.nan, np.nan)
+    low, high = t_interval(values)
     mean = float(values.mean()) if len(values) else np.nan
     return {name: mean, f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def _selectivity(ja: np.ndarray, en: np.ndarray, n_resamples: int, seed: int) -> dict[str, float]:
-    """The index over groups that are in both languages; the same draw of groups serves both."""
+def _selectivity(ja: np.ndarray, en: np.ndarray) -> dict[str, float]:
+    """The index over groups that are in both languages, and its interval.
+
+    A jackknife does not see where the index jumps or is flat: where both languages' intervals hold 0 (near 0 / 0)
+    nothing is ruled out, and where the effects differ in sign (the index is 1 or -1, whatever their size) the interval
+    reaches as far as either language's own.
+    """
     paired = np.isfinite(ja) & np.isfinite(en)
-    ja, en, n = ja[paired], en[paired], int(paired.sum())
-    if n < 2:
+    ja, en = ja[paired], en[paired]
+    if len(ja) < 2:
         return dict.fromkeys(("selectivity", "selectivity_low", "selectivity_high"), np.nan)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
-    low, high = np.quantile(_index(weights @ ja, weights @ en), (0.025, 0.975))
-    return {"selectivity": float(_index(ja.mean(), en.mean())), "selectivity_low": low, "selectivity_high": high}
+
+    def index(out: int | None) -> np.ndarray:
+        kept = np.arange(len(ja)) != (-1 if out is None else out)
+        return _index(ja[kept].mean(), en[kept].mean())
+
+    estimate, low, high = jackknife_interval(index, len(ja))
+    of_ja, of_en = t_interval(ja), t_interval(en)
+    if all(ends[0] <= 0 <= ends[1] for ends in (of_ja, of_en)):
+        low, high = np.array(-1.0), np.array(1.0)
+    elif ja.mean() * en.mean() <= 0:
+        reached = [_index(end, en.mean()) for end in of_ja] + [_index(ja.mean(), end) for end in of_en]
+        low, high = np.min(reached), np.max(reached)
+    return {
+        "selectivity": float(estimate),
+        "selectivity_low": max(float(low), -1.0),
+        "selectivity_high": min(float(high), 1.0),
+    }
 
 
 def _index(ja: np.ndarray, en: np.ndarray) -> np.ndarray:
@@ -223,7 +242,7 @@ def _summarise(
     rows = []
     for first in range(0, len(edits), plan.n_controls + 1):
         controls = slice(first + 1, first + 1 + plan.n_controls)
-        row = _effect_row(groups, first, edits[first], plan.n_resamples, plan.seed)
+        row = _effect_row(groups, first, edits[first])
         row |= {
             "load": removed[first] / n_tokens,
             "control_load": float(np.mean(removed[controls])) / n_tokens,

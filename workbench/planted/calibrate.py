@@ -30,7 +30,8 @@ class Scope:
     """What is tried, for a shape: n_experts, k. Draws are fresh documents; every second draw has another checkpoint.
 
     strengths, groups, draws: for the accuracy of "shared", "all" and "mode" (documents: two per group). nulls: trials
-    without any effect. held: trials per strength of HELD, all of one checkpoint, for coverage.
+    without any effect. held: trials per strength of HELD and number of groups of HELD_GROUPS, all of one checkpoint,
+    for coverage.
     """
 
     n_experts: int
@@ -49,7 +50,7 @@ class Scope:
 
 
 N_MODELS = 4
-HELD = (0.05, 0.25)
+HELD, HELD_GROUPS = (0.05, 0.25), (20, 40, 80)
 CONFOUNDED = (0.25, 1.0)
 NULL_KINDS = ("planted", "null", "upcycled")
 
@@ -81,7 +82,10 @@ def plan_trials(scope: Scope) -> list[Trial]:
         trial("null", design(0.25, draw, NULL_KINDS[draw % len(NULL_KINDS)]), draw) for draw in range(scope.nulls)
     ]
     held = range(1000, 1000 + scope.held)
-    trials += [trial("shared", Design(scope.n_experts, scope.k, strength=s, seed=99), d) for s in HELD for d in held]
+    trials += [
+        trial("shared", Design(scope.n_experts, scope.k, strength=strength, seed=99), draw, n_groups)
+        for strength, n_groups, draw in product(HELD, HELD_GROUPS, held)
+    ]
     return trials
 
 

@@ -46,7 +46,7 @@ def language_documents(
     topics_differ: the confound; Japanese keeps to the first half of the topics and English to the second.
     fertility: how many times more words Japanese needs for the same content.
     """
-    rng = np.random.default_rng(seed)
+    rng = _stream(seed)
     sheets = []
     for group in range(n_groups):
         topic, half, channel = int(rng.integers(N_TOPICS)), N_TOPICS // 2, MODES[int(rng.integers(2))]
@@ -69,7 +69,7 @@ def effort_documents(n_groups: int, n_words: int = 96, seed: int = 0) -> pl.Data
 
 def null_documents(n_groups: int, n_words: int = 96, seed: int = 0) -> pl.DataFrame:
     """Two documents of one language and topic per group, labelled ja and en by chance: any difference is chance."""
-    rng = np.random.default_rng(seed)
+    rng = _stream(seed)
     sheets = []
     for group in range(n_groups):
         topic, written_in = int(rng.integers(N_TOPICS)), LANGUAGES[int(rng.integers(2))]
@@ -80,6 +80,11 @@ def null_documents(n_groups: int, n_words: int = 96, seed: int = 0) -> pl.DataFr
     return tokens_frame(sheets)
 
 
+def _stream(seed: int) -> np.random.Generator:
+    """Random numbers for documents alone: a trial flips signs with the same seed, and must not share them."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+
+
 def sequences(tokens: pl.DataFrame) -> list[list[int]]:
     """The token ids of each document, in the frame's order."""
     return tokens.group_by("doc_id", maintain_order=True).agg("token_id")["token_id"].to_list()
@@ -88,7 +93,7 @@ def sequences(tokens: pl.DataFrame) -> list[list[int]]:
 def _swapped(
     n_groups: int, n_words: int, seed: int, channels: Sequence[str], efforts: Sequence[str]
 ) -> Iterable[Sheet]:
-    rng = np.random.default_rng(seed)
+    rng = _stream(seed)
     for group in range(n_groups):
         topic, lang = int(rng.integers(N_TOPICS)), LANGUAGES[int(rng.integers(2))]
         words = _words(lang, topic, n_words, rng)

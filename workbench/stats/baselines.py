@@ -15,8 +15,9 @@ from workbench.stats.resampling import Floats, block_jackknife
 
 
 def committee(
-    cells: pl.DataFrame, axis: str, n_experts: int, k: int, value: str = "prob", least: float = 0.8
-) -> pl.DataFrame:
+    cells: pl.DataFrame, axis: str, n_experts: int, k: int, value: str = "prob", least: float = 0.8,
+    unit: str = "group_id",
+) -> pl.DataFrame:  # fmt: skip
     """Experts that every condition relies on: one row per layer and expert.
 
     cells: `logits.logit_cells` by [unit, axis] (value "prob": mean router probability, the ECI of arXiv 2601.03425,
@@ -24,35 +25,60 @@ def committee(
     expert, eci (mean over conditions), mean_rank, rank_variance, in_top (share of conditions in which it is among the k
     first), candidate (in_top >= least), committee (on the Pareto front of mean rank and rank variance among
     candidates), size, coverage (share of all probability that the committee holds), density_ratio ((coverage / size) /
-    ((1 - coverage) / (E - size)); 1 is the null of an even router), n_conditions. Conditions weigh equally, units
-    within them too.
+    ((1 - coverage) / (E - size)); 1 is the null of an even router), n_conditions, n_units. Conditions weigh equally,
+    units within them too.
+
+    eci_low, coverage_low, density_ratio_low and _high: delete-a-group jackknife over units, of the committee that was
+    found; stability: the share of those leavings-out in which the expert is still, or still not, in the committee.
     """
-    by = cells.group_by(axis, "layer", "expert").agg(pl.col(value).mean())
-    conditions, layers = by[axis].unique().sort().to_list(), by["layer"].unique().sort().to_list()
-    table = np.zeros((len(conditions), len(layers), n_experts))
-    table[codes(by[axis]), np.searchsorted(layers, by["layer"].to_numpy()), by["expert"].to_numpy()] = by[
-        value
-    ].to_numpy()
-    table /= np.maximum(table.sum(-1, keepdims=True), 1e-300)
-    rank = rankdata(-table, axis=-1)
-    capped = np.where(rank <= k, rank, k + 1)  # [condition layer expert]
-    in_top, mean, variance = (rank <= k).mean(0), capped.mean(0), capped.var(0)
-    eci = table.mean(0)
-    front = np.stack([_pareto(mean[at], variance[at], in_top[at] >= least) for at in range(len(layers))])
-    size, coverage = front.sum(1), (eci * front).sum(1)
-    inside, outside = coverage / np.maximum(size, 1), (1 - coverage) / np.maximum(n_experts - size, 1)
-    ratio = np.where((size > 0) & (outside > 0), inside / np.maximum(outside, 1e-300), np.nan)
-    wide = {"eci": eci, "mean_rank": mean, "rank_variance": variance, "in_top": in_top, "candidate": in_top >= least,
-            "committee": front}  # fmt: skip
-    per_layer = {"size": size, "coverage": coverage, "density_ratio": ratio}
+    conditions, layers = cells[axis].unique().sort().to_list(), cells["layer"].unique().sort().to_list()
+    names = cells[unit].unique().sort()
+    cube = np.full((len(conditions), len(names), len(layers), n_experts), np.nan)
+    row = cells[unit].replace_strict(names, pl.int_range(len(names), eager=True)).to_numpy()
+    depth = np.searchsorted(layers, cells["layer"].to_numpy())
+    cube[codes(cells[axis]), row, depth, cells["expert"].to_numpy()] = cells[value].to_numpy()
+
+    wide, front = _committee(cube, k, least)
+    size, seen = front.sum(1), []
+
+    def measures(kept: np.ndarray) -> Floats:  # [expert + 2 layer]
+        found, members = _committee(cube[:, kept], k, least)
+        seen.append(members == front)
+        coverage = (found["eci"] * front).sum(1)
+        return np.concatenate([found["eci"].T, coverage[None], _density_ratio(coverage, size, n_experts)[None]])
+
+    estimate, low, high = block_jackknife(measures, len(names))
+    columns = {**wide, "committee": front, "eci_low": low[:-2].T, "eci_high": high[:-2].T}
+    columns |= {"stability": np.mean(seen[1:], axis=0) if seen[1:] else np.full(front.shape, np.nan)}
+    per_layer = {"size": size}
+    for place, name in ((-2, "coverage"), (-1, "density_ratio")):
+        per_layer |= {name: estimate[place], f"{name}_low": low[place], f"{name}_high": high[place]}
     return pl.DataFrame(
         {
             "layer": np.repeat(np.array(layers, dtype=np.int64), n_experts),
             "expert": np.tile(np.arange(n_experts), len(layers)),
-            **{name: values.ravel() for name, values in wide.items()},
+            **{name: values.ravel() for name, values in columns.items()},
             **{name: np.repeat(values, n_experts) for name, values in per_layer.items()},
         }
-    ).with_columns(n_conditions=pl.lit(len(conditions)))
+    ).with_columns(n_conditions=pl.lit(len(conditions)), n_units=pl.lit(len(names)))
+
+
+def _committee(cube: Floats, k: int, least: float) -> tuple[dict[str, Floats], np.ndarray]:
+    """Measures by name and who is in the committee, each [layer expert], of [condition unit layer expert]."""
+    known = np.isfinite(cube)
+    table = np.where(known, cube, 0).sum(1) / np.maximum(known.sum(1), 1)  # [condition layer expert]
+    table /= np.maximum(table.sum(-1, keepdims=True), 1e-300)
+    rank = rankdata(-table, axis=-1)
+    capped = np.where(rank <= k, rank, k + 1)
+    in_top, mean, variance = (rank <= k).mean(0), capped.mean(0), capped.var(0)
+    front = np.stack([_pareto(mean[at], variance[at], in_top[at] >= least) for at in range(len(mean))])
+    measures = {"eci": table.mean(0), "mean_rank": mean, "rank_variance": variance, "in_top": in_top}
+    return measures | {"candidate": in_top >= least}, front
+
+
+def _density_ratio(coverage: Floats, size: np.ndarray, n_experts: int) -> Floats:  # [layer] each
+    inside, outside = coverage / np.maximum(size, 1), (1 - coverage) / np.maximum(n_experts - size, 1)
+    return np.where((size > 0) & (outside > 0), inside / np.maximum(outside, 1e-300), np.nan)
 
 
 def _pareto(mean: Floats, variance: Floats, candidate: np.ndarray) -> np.ndarray:

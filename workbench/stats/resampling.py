@@ -1,4 +1,4 @@
-"""Uncertainty when the document is the unit: bootstrap, sign flips, jackknife.
+"""Uncertainty when the document is the unit: Student's t, sign flips, jackknife.
 
 Arrays in, arrays out. The first axis is always the unit (a prompt group): tokens of one document are not
 independent, so nothing here may be handed one row per token (arXiv 2411.00640).
@@ -6,48 +6,47 @@ independent, so nothing here may be handed one row per token (arXiv 2411.00640).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 Floats = NDArray[np.float64]
 
-Z95 = 1.959964  # half-width of a 95% normal interval, in standard errors
 
+def half_width(values: Floats) -> Floats:
+    """Half of the 95% interval of the mean over units: [unit ...] -> [...]; NaN for fewer than 2 units.
 
-def bootstrap_mean(values: Floats, n_resamples: int = 2000, seed: int = 0) -> tuple[Floats, Floats]:
-    """95% percentile interval of the mean over units.
-
-    `values` is [unit ...]; returns (low, high) of shape [...]. Units are drawn with replacement (Efron 1979). With
-    fewer than about 20 units the interval is too narrow; with fewer than 2 it is NaN.
+    Student's t, with the degrees of freedom that the standard error has (`squared_error`). Every interval of a mean and
+    every jackknife here is this one; docs/calibration.md says how often it holds, beside the plain t and bootstraps.
     """
-    n_units = values.shape[0]
-    flat = values.reshape(n_units, -1)
-    if n_units < 2:
-        missing = np.full(values.shape[1:], np.nan)
-        return missing, missing.copy()
-    weights = (
-        np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=n_resamples) / n_units
-    )
-    low, high = np.quantile(weights @ flat, (0.025, 0.975), axis=0)
-    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+    if len(values) < 2:
+        return np.full(values.shape[1:], np.nan)
+    variance, freedom = squared_error(values)
+    return stdtrit(freedom, 0.975) * np.sqrt(variance)
+
+
+def squared_error(values: Floats) -> tuple[Floats, Floats]:
+    """(squared standard error of the mean over units, its degrees of freedom): [unit ...] -> two of [...].
+
+    Freedom: 2 s^4 / var(s^2) (Satterthwaite 1946) with var(s^2) = s^4 (kurtosis - (n - 3) / (n - 1)) / n, at most the
+    n - 1 that normal values have. An expert that a handful of units use owes its error to that handful, and n - 1 would
+    promise more.
+    """
+    n = len(values)
+    squares = (values - values.mean(0)) ** 2
+    variance = squares.mean(0)
+    shares = np.divide(squares, variance, out=np.zeros_like(squares), where=variance > 0)
+    excess = (shares**2).mean(0) - (n - 3) / (n - 1)
+    return variance / (n - 1), np.clip(2 * n / np.maximum(excess, 1e-12), 1, n - 1)
 
 
 def t_interval(values: Floats) -> tuple[Floats, Floats]:
-    """95% interval of the mean over units, by Student's t: `values` [unit ...] -> (low, high) of shape [...].
-
-    For means of paired differences: on planted models with 40 groups it holds the true effect 95% of the time where
-    the percentile bootstrap holds it 93% of the time (docs/calibration.md). NaN for fewer than 2 units.
-    """
-    n_units = values.shape[0]
-    if n_units < 2:
-        missing = np.full(values.shape[1:], np.nan)
-        return missing, missing.copy()
-    mean = values.mean(0)
-    half_width = student_t.ppf(0.975, n_units - 1) * values.std(0, ddof=1) / np.sqrt(n_units)
-    return mean - half_width, mean + half_width
+    """95% interval of the mean over units, mean +- `half_width`: `values` [unit ...] -> (low, high) of shape [...]."""
+    mean = values.mean(0) if len(values) else np.full(values.shape[1:], np.nan)
+    around = half_width(values)
+    return mean - around, mean + around
 
 
 def sign_flip_max_t(differences: Floats, n_flips: int = 5000, seed: int = 0) -> tuple[Floats, Floats]:
@@ -87,14 +86,12 @@ def _paired_t(means: Floats, squares: Floats, n_units: int) -> Floats:
 def jackknife_interval(statistic: Callable[[int | None], Floats], n_units: int) -> tuple[Floats, Floats, Floats]:
     """(estimate, low, high) of any statistic of the units, by leaving out one unit at a time.
 
-    `statistic` receives the number of the unit to leave out, or None for none. The interval is estimate +- 1.96
-    standard errors (Tukey 1958). Chosen over the bootstrap for divergences: a unit drawn twice would sit in both halves
-    of a split and make the halves look alike.
+    `statistic` receives the number of the unit to leave out, or None for none. The interval is estimate +- the
+    `half_width` of the pseudo-values (Tukey 1958). Chosen over the bootstrap for divergences: a unit drawn twice would
+    sit in both halves of a split and make the halves look alike.
     """
-    estimate = statistic(None)
-    spread = np.var(np.stack([statistic(unit) for unit in range(n_units)]), axis=0) * (n_units - 1)
-    half_width = Z95 * np.sqrt(spread)
-    return estimate, estimate - half_width, estimate + half_width
+    estimate = np.asarray(statistic(None), dtype=np.float64)
+    return estimate, *_around(estimate, [statistic(unit) for unit in range(n_units)])
 
 
 def block_jackknife(
@@ -103,8 +100,8 @@ def block_jackknife(
     """(estimate, low, high) of a costly statistic of the units, by leaving out one block of units at a time.
 
     `statistic` receives which units are kept [unit]. Units are dealt to at most `n_blocks` blocks at random; the
-    standard error is that of the delete-a-group jackknife (Kott 2001), the interval estimate +- t_{0.975} errors with
-    n_blocks - 1 degrees of freedom. Fewer than 3 units give a NaN interval.
+    standard error is that of the delete-a-group jackknife (Kott 2001), the interval that of `jackknife_interval` over
+    blocks. Fewer than 3 units give a NaN interval.
     """
     estimate = np.asarray(statistic(np.ones(n_units, dtype=bool)), dtype=np.float64)
     if n_units < 3:
@@ -112,27 +109,30 @@ def block_jackknife(
         return estimate, missing, missing.copy()
     n_blocks = min(n_blocks, n_units)
     block = np.random.default_rng(seed).permutation(n_units) % n_blocks
-    left = np.stack([statistic(block != number) for number in range(n_blocks)])
-    error = np.sqrt((n_blocks - 1) / n_blocks * ((left - left.mean(0)) ** 2).sum(0))
-    half_width = student_t.ppf(0.975, n_blocks - 1) * error
-    return estimate, estimate - half_width, estimate + half_width
+    return estimate, *_around(estimate, [statistic(block != number) for number in range(n_blocks)])
+
+
+def _around(estimate: Floats, left_out: Sequence[Floats]) -> tuple[Floats, Floats]:
+    """estimate +- the half-width of its pseudo-values, up to a constant: (1 - n) times the estimates with one out."""
+    around = half_width((1 - len(left_out)) * np.stack(left_out).astype(np.float64))
+    return estimate - around, estimate + around
 
 
 def welch_interval(first: Floats, second: Floats) -> tuple[Floats, Floats]:
     """95% interval of the difference of two means over different units: [unit ...] twice -> (low, high) [...].
 
-    Welch's t with Satterthwaite's degrees of freedom (Welch 1947). NaN when a side has fewer than 2 units.
+    Welch's t with Satterthwaite's degrees of freedom (Welch 1947), of each side as in `squared_error`. NaN when a side
+    has fewer than 2 units.
     """
     if min(len(first), len(second)) < 2:
         missing = np.full(first.shape[1:], np.nan)
         return missing, missing.copy()
-    errors = [side.var(0, ddof=1) / len(side) for side in (first, second)]
-    total = errors[0] + errors[1]
-    parts = sum(error**2 / (len(side) - 1) for error, side in zip(errors, (first, second), strict=True))
+    (error_a, freedom_a), (error_b, freedom_b) = (squared_error(side) for side in (first, second))
+    total, parts = error_a + error_b, error_a**2 / freedom_a + error_b**2 / freedom_b
     freedom = np.divide(total**2, parts, out=np.ones_like(total), where=parts > 0)
-    half_width = student_t.ppf(0.975, freedom) * np.sqrt(total)
+    around = stdtrit(freedom, 0.975) * np.sqrt(total)
     difference = first.mean(0) - second.mean(0)
-    return difference - half_width, difference + half_width
+    return difference - around, difference + around
 
 
 def permutation_max_t(

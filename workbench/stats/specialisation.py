@@ -6,10 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from workbench.stats.index import Frame, Ints, codes, token_array
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
-from workbench.stats.resampling import Floats, permutation_max_t, sign_flip_max_t, t_interval, welch_interval
+from workbench.stats.resampling import (
+    Floats,
+    block_jackknife,
+    permutation_max_t,
+    sign_flip_max_t,
+    t_interval,
+    welch_interval,
+)
 
 ROLES = ("input", "next")
 
@@ -121,17 +129,18 @@ def vocabulary_specialisation(
     segments: Sequence[str] = CONTENT_SEGMENTS,
     n_draws: int = 200,
     seed: int = 0,
+    unit: str = "group_id",
 ) -> pl.DataFrame:
     """Does each word go to one expert, beyond what load alone gives? One row per layer.
 
-    Columns layer, role, specialisation, null, excess, n_types, n_tokens, n_docs. specialisation = mean over word types
-    of max_e N_xe / N_x over the first expert (arXiv 2409.02060, section 5.3), of types with at least `min_count`
-    tokens; null = the same for N_x independent draws from the layer's load; excess = (specialisation - null) / (1 -
-    null): 0 when load explains it, 1 when every word has its expert. role "input": the token itself; "next": the token
-    after it, in the same document. Published values without
-    the correction reach 0.995 on models whose excess is near 0. One frequent word with an expert of its own raises the
-    load, and with it the null of all other words, so that excess may fall below 0: the headline, with an interval and
-    a test, is `information.mutual_information` of token_id.
+    Columns layer, role, specialisation, null, excess, low, high, n_types, n_tokens, n_docs. specialisation = mean over
+    word types of max_e N_xe / N_x over the first expert (arXiv 2409.02060, section 5.3), of types with at least
+    `min_count` tokens; null = the same for N_x independent draws from the layer's load; excess = (specialisation -
+    null) / (1 - null): 0 when load explains it, 1 when every word has its expert. low, high: of excess, delete-a-group
+    jackknife over units with the null held. role "input": the token itself; "next": the token after it, in the same
+    document. Published values without the correction reach 0.995 on models whose excess is near 0. One frequent word
+    with an expert of its own raises the load, and with it the null of all other words, so that excess may fall below 0:
+    the headline, with a test, is `information.mutual_information` of token_id.
     """
     if role not in ROLES:
         raise ValueError(f"role: expected one of {', '.join(ROLES)}, got {role!r}.")
@@ -142,19 +151,33 @@ def vocabulary_specialisation(
     word_code = codes(word.filter(word.is_not_null()))
     n_types = np.bincount(word_code)
     frequent = np.flatnonzero(n_types >= min_count)
+    unit_code = codes(kept[unit])[known]
     rng = np.random.default_rng(seed)
     rows = []
     for place, layer in enumerate(layers):
         first = ids[known, place, 0].astype(np.int64)
-        table = np.bincount(word_code * n_experts + first, minlength=len(n_types) * n_experts).reshape(-1, n_experts)
-        load = np.bincount(first, minlength=n_experts) / max(len(first), 1)
-        sizes = n_types[frequent]
-        found = float((table[frequent].max(1) / sizes).mean()) if len(frequent) else np.nan
+        found, low, high = _specialised(word_code, first, unit_code, frequent, len(n_types), n_experts)
+        load, sizes = np.bincount(first, minlength=n_experts) / max(len(first), 1), n_types[frequent]
         null = _largest_share(sizes, load, n_draws, rng) if len(frequent) else np.nan
-        excess = (found - null) / (1 - null) if null < 1 else np.nan
-        rows.append((layer, role, found, null, excess, len(frequent), int(sizes.sum()), kept["doc_id"].n_unique()))
-    names = ["layer", "role", "specialisation", "null", "excess", "n_types", "n_tokens", "n_docs"]
+        excess = [(value - null) / (1 - null) if null < 1 else np.nan for value in (found, low, high)]
+        rows.append((layer, role, found, null, *excess, len(frequent), int(sizes.sum()), kept["doc_id"].n_unique()))
+    names = ["layer", "role", "specialisation", "null", "excess", "low", "high", "n_types", "n_tokens", "n_docs"]
     return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def _specialised(
+    word: Ints, expert: Ints, unit: Ints, frequent: Ints, n_types: int, n_experts: int
+) -> tuple[float, float, float]:
+    """Mean over the frequent types of their largest share, with its interval over units."""
+    cell = word * n_experts + expert
+
+    def mean_of_largest(kept: NDArray[np.bool_]) -> Floats:
+        table = np.bincount(cell[kept[unit]], minlength=n_types * n_experts).reshape(n_types, n_experts)[frequent]
+        total = table.sum(1)
+        return np.asarray((table.max(1)[total > 0] / total[total > 0]).mean() if total.any() else np.nan)
+
+    estimate, low, high = block_jackknife(mean_of_largest, int(unit.max(initial=-1)) + 1)
+    return float(estimate), float(low), float(high)
 
 
 def _largest_share(sizes: Ints, load: Floats, n_draws: int, rng: np.random.Generator) -> float:

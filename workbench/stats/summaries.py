@@ -9,7 +9,7 @@ import polars as pl
 
 from workbench.axes import CHANNELS
 from workbench.stats.load import CONTENT_SEGMENTS, Frame
-from workbench.stats.resampling import bootstrap_mean
+from workbench.stats.resampling import t_interval
 
 
 def layer_means(
@@ -18,14 +18,12 @@ def layer_means(
     value: str,
     by: Sequence[str],
     segments: Sequence[str] = CONTENT_SEGMENTS,
-    n_resamples: int = 2000,
-    seed: int = 0,
 ) -> pl.DataFrame:
     """Mean of a routing column per layer: columns *by, layer, mean, low, high, n_groups.
 
     `value` is router_entropy (nats, 0 to ln E; entropy of the full softmax, not of the k weights) or router_margin
     (logits; k-th minus (k+1)-th, the smallest push that changes the choice). Mean over tokens within a group, then over
-    groups, with a 95% bootstrap interval over groups. `by` are columns of the tokens frame.
+    groups, with a 95% interval over groups. `by` are columns of the tokens frame.
     """
     keys = list(by)
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).select("doc_id", "pos", "group_id", *keys)
@@ -38,16 +36,14 @@ def layer_means(
         .filter(pl.col(value).is_not_null())
         .collect()
     )
-    return group_means(units, value, [*keys, "layer"], n_resamples, seed)
+    return group_means(units, value, [*keys, "layer"])
 
 
-def segment_lengths(
-    tokens: Frame, segments: Sequence[str] = CHANNELS, n_resamples: int = 2000, seed: int = 0
-) -> pl.DataFrame:
+def segment_lengths(tokens: Frame, segments: Sequence[str] = CHANNELS) -> pl.DataFrame:
     """Tokens the model wrote per channel: columns lang, effort, segment, mean, low, high, n_groups.
 
     Counts decoded tokens of each segment per document, channel names and other scaffolding left out; a document without
-    the channel counts 0. Mean over a group's documents, then over groups; 95% bootstrap interval over groups.
+    the channel counts 0. Mean over a group's documents, then over groups; 95% interval over groups.
     """
     keys = ["lang", "effort", "segment"]
     written = (
@@ -61,13 +57,11 @@ def segment_lengths(
         .agg(pl.col("value").cast(pl.Float64).mean())
         .collect()
     )
-    return group_means(units, "value", keys, n_resamples, seed)
+    return group_means(units, "value", keys)
 
 
-def group_means(
-    units: pl.DataFrame, value: str, by: Sequence[str], n_resamples: int = 2000, seed: int = 0
-) -> pl.DataFrame:
-    """Mean over units with its 95% bootstrap interval: columns *by, mean, low, high, n_groups.
+def group_means(units: pl.DataFrame, value: str, by: Sequence[str]) -> pl.DataFrame:
+    """Mean over units with its 95% interval: columns *by, mean, low, high, n_groups.
 
     `units` has one row per unit and combination of `by`.
     """
@@ -75,7 +69,7 @@ def group_means(
     ordered = units.sort(*by, "group_id")
     for key, part in ordered.group_by(list(by), maintain_order=True):
         values = part[value].to_numpy()
-        low, high = bootstrap_mean(values, n_resamples, seed)
+        low, high = t_interval(values)
         rows.append((*key, float(np.mean(values)), float(low), float(high), len(values)))
     names = {name: units.schema[name] for name in by}
     numbers = {"mean": pl.Float64, "low": pl.Float64, "high": pl.Float64, "n_groups": pl.Int64}

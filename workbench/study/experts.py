@@ -42,7 +42,7 @@ def measure_experts(model: Llama, run: Run, progress: bool = True) -> dict[str, 
     steps: dict[str, Callable[[], pl.DataFrame]] = {
         "writes": lambda: expert_writes(model, tokenizer, tokens),
         "peaks": lambda: super_experts(expert_peaks(model, _sequences(tokens))),
-        "removal": lambda: removal_effects(model, tokens, _removed(model, flagged), seed=run.seed, progress=progress),
+        "removal": lambda: removal_effects(model, tokens, _removed(model, flagged), progress=progress),
         "audit": lambda: _audit(model, tokens, flagged, _read(folder, "peaks"), run.seed, progress),
     }
     with suitable_threads(model):

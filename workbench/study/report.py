@@ -79,11 +79,11 @@ def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
     for value in ("entropy", "margin"):
         for by, column in _PANELS.items():
             segments = _common_segments(load) if by == "segment" else CONTENT_SEGMENTS
-            means = layer_means(tokens, run.routing, f"router_{value}", [column], segments, seed=seed)
+            means = layer_means(tokens, run.routing, f"router_{value}", [column], segments)
             if not means.is_empty():
                 frames[f"{value}_by_{by}"] = means
     if "analysis" in set(tokens.filter(pl.col("effort").is_not_null())["segment"]):
-        frames["lengths"] = segment_lengths(tokens, seed=seed)
+        frames["lengths"] = segment_lengths(tokens)
         entropy = run.routing.select("doc_id", "pos", "layer", "router_entropy").collect()
         frames["timeline"] = timeline(entropy, tokens, "router_entropy")
     frames["bits"] = decompose_routing(tokens, run.routing, seed=seed)

@@ -14,6 +14,7 @@ from workbench.experiments.audit import (
     AUDIT_SCHEMA,
     LOAD_TOLERANCE,
     AuditPlan,
+    _selectivity,
     audit_experts,
     draw_control,
     pair_effects,
@@ -48,7 +49,7 @@ def documents() -> pl.DataFrame:
 def audit(planted: Qwen3Moe, documents: pl.DataFrame) -> pl.DataFrame:
     flagged = [(LAST, expert(role)) for role in ("writer", "ja_context", "idle")]
     supers = [(layer, expert("super")) for layer in range(2)]
-    return audit_experts(planted, documents, flagged, AuditPlan(n_resamples=500), exclude=supers)
+    return audit_experts(planted, documents, flagged, AuditPlan(), exclude=supers)
 
 
 def row(audit: pl.DataFrame, role: str, kind: str) -> dict[str, float]:
@@ -79,7 +80,7 @@ def test_an_expert_that_is_only_flagged_does_not_matter(audit: pl.DataFrame) -> 
 def test_the_idle_expert_is_causally_last(planted: Qwen3Moe, documents: pl.DataFrame, audit: pl.DataFrame) -> None:
     assert row(audit, "idle", "drop")["kl"] == 0
     assert row(audit, "idle", "drop")["load"] > 2 * DESIGN.k / DESIGN.n_experts
-    effects = removal_effects(planted, documents, EVERY, kind="drop", n_resamples=50)
+    effects = removal_effects(planted, documents, EVERY, kind="drop")
     used = routing_of(planted, documents).any(0)
     in_use = effects.filter(pl.Series([used[layer, e] for layer, e in EVERY]))
     for (layer,), part in in_use.group_by("layer"):
@@ -91,10 +92,27 @@ def test_the_idle_expert_is_causally_last(planted: Qwen3Moe, documents: pl.DataF
 def test_the_redundant_pair_is_found_by_pair_removal_alone(planted: Qwen3Moe, documents: pl.DataFrame) -> None:
     twins = DESIGN.roles["twin"]
     pairs = [twins, *itertools.combinations(range(0, 30, 5), 2)]
-    found = pair_effects(planted, documents, LAST, pairs, n_resamples=500)
+    found = pair_effects(planted, documents, LAST, pairs)
     assert found.select("expert_a", "expert_b").row(0) == twins
     assert found["excess_low"][0] > 5 * found["excess"][1]
     assert found["kl_both"][0] > 100 * max(found["kl_a"][0], found["kl_b"][0])
+
+
+def test_intervals_of_selectivity_hold_it() -> None:
+    """Effects that are certain and skewed, as losses are; and effects that are noise, where nothing is ruled out."""
+    rng, n_groups = np.random.default_rng(0), 20
+    held = []
+    for _ in range(200):
+        content = 0.7 * rng.normal(size=n_groups)  # hard groups are hard in both languages
+        ja, en = (mean * np.exp(content + 0.5 * rng.normal(size=n_groups)) for mean in (0.1, 0.05))
+        found = _selectivity(ja, en)
+        held.append(found["selectivity_low"] <= 1 / 3 <= found["selectivity_high"])
+    assert 0.91 <= np.mean(held) <= 0.98
+    opposed = _selectivity(rng.normal(-0.01, 0.1, n_groups), rng.normal(0.5, 0.1, n_groups))
+    assert (opposed["selectivity"], opposed["selectivity_low"]) == (-1, -1)
+    assert -0.95 < opposed["selectivity_high"] < -0.6  # Japanese may lose a little too
+    noise = [_selectivity(*rng.normal(0.01, 0.1, (2, n_groups))) for _ in range(50)]
+    assert np.mean([found["selectivity_high"] - found["selectivity_low"] == 2 for found in noise]) > 0.7
 
 
 def test_every_number_has_its_count_and_columns(audit: pl.DataFrame) -> None:
@@ -185,7 +203,7 @@ def test_no_edit_no_effect(planted: Qwen3Moe, documents: pl.DataFrame) -> None:
 
 def test_one_language_gives_no_selectivity(planted: Qwen3Moe, documents: pl.DataFrame) -> None:
     english = documents.filter(pl.col("lang") == "en")
-    audit = audit_experts(planted, english, [(0, 3)], AuditPlan(kinds=("drop",), n_resamples=50))
+    audit = audit_experts(planted, english, [(0, 3)], AuditPlan(kinds=("drop",)))
     assert audit["selectivity"].is_nan().all()
     assert audit["p_selective"].is_nan().all()
     assert audit["d_nll_ja"].is_nan().all()

@@ -23,6 +23,27 @@ def test_a_committee_serves_every_condition(words, routed) -> None:
     assert row["density_ratio"] > 5
     assert not found.row(0, named=True)["candidate"]
     assert found["eci"].sum() == pytest.approx(1)
+    assert row["n_units"] == 20
+    assert row["coverage_low"] < row["coverage"] < row["coverage_high"]
+    assert row["density_ratio_low"] > 5
+    assert found["stability"].min() == 1  # whichever groups are left out
+
+
+def test_intervals_of_a_committees_coverage_hold_it(words, routed) -> None:
+    """The long run: many groups. One expert has all of the extra probability."""
+
+    def cells_of(n_groups: int, seed: int) -> pl.DataFrame:
+        tokens, _, [(_, layers, logits)] = words(n_groups=n_groups, n_tokens=12, seed=seed)
+        logits = logits.copy()
+        logits[..., 10] += 3.0
+        return logit_cells([(tokens, layers, logits)], tokens, ["group_id", "lang"])
+
+    true = committee(cells_of(200, 1000), "lang", 16, k=2)["coverage"][0]
+    held = 0
+    for seed in range(25):
+        row = committee(cells_of(16, seed), "lang", 16, k=2).row(10, named=True)
+        held += row["coverage_low"] <= true <= row["coverage_high"]
+    assert held >= 21
 
 
 def test_anchor_information_by_hand() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from workbench.stats.coactivation import coactivation, cross_layer, expert_graph, paths, trade
+from workbench.stats.coactivation import coactivation, cross_layer, expert_graph, trade
 from workbench.stats.index import codes, membership
 
 
@@ -105,21 +105,3 @@ def test_a_planted_path_between_layers_is_found_whatever_the_ranks(routed) -> No
     null = cross_layer(*planted(routed, seed=5), 12, n_draws=99)
     assert null["p_adjusted"].min() > 0.01
     assert cross_layer(tokens, routing.filter(pl.col("layer") == 0), 12).is_empty()
-
-
-def test_paths_by_hand() -> None:
-    rows = [(0, 1), (0, 1), (0, 2), (3, 2)]
-    tokens = pl.DataFrame({"doc_id": ["a", "b", "b", "b"], "pos": [0, 0, 1, 2], "segment": "user"})
-    routing = pl.concat(
-        [
-            tokens.select("doc_id", "pos", layer=pl.lit(layer), expert_ids=pl.Series([[row[layer], 9] for row in rows]))
-            for layer in (0, 1)
-        ]
-    )
-    table, about = paths(tokens, routing)
-    assert table.row(0, named=True) == {
-        "path": "0-1", "n_tokens": 2, "share": 0.5, "n_docs": 2, "expected_share": pytest.approx(0.5),
-        "log2_lift": pytest.approx(0),
-    }  # fmt: skip
-    assert about["path_entropy"].item() == pytest.approx(1.5)
-    assert about["markov_entropy"].item() == pytest.approx(1.5)  # two layers are a Markov chain always

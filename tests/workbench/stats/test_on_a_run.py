@@ -6,6 +6,8 @@ import polars as pl
 import pytest
 
 from workbench.capture import expert_peaks, router_inputs
+from workbench.experiments.router_scores import router_scores as take_apart
+from workbench.experiments.routes import counterfactual_routes
 from workbench.io.prompts import Prompt
 from workbench.io.runs import Run
 from workbench.models import Llama
@@ -13,6 +15,7 @@ from workbench.stats import (
     balance,
     baselines,
     coactivation,
+    compositions,
     contribution,
     divergence,
     drift,
@@ -21,6 +24,9 @@ from workbench.stats import (
     information,
     logits,
     matching,
+    paths,
+    router_scores,
+    routes,
     specialisation,
     validation,
 )
@@ -60,8 +66,15 @@ def test_every_measure_takes_what_a_run_holds_and_says_on_how_much_it_rests(run:
     starts, others = events.channel_changes(tokens, ("user", "plain")), tokens.filter(pl.col("pos") == 20)
     rows = {layer: block.mlp.router.weight.detach().numpy() for layer, block in enumerate(small.blocks)}
     by_doc = slot_counts(tokens, routing, ["doc_id"])
+    some = tokens.filter(pl.col("doc_id").is_in(names[:6]))
+    others_too = counterfactual_routes(small, some, n_positions=2, n_alternatives=2)
     found = {
         "contrasts": paired_contrasts(counts, "lang", BOTH, E, logits=cells, n_resamples=200),
+        "odds": compositions.log_odds_contrasts(counts, "lang", BOTH, E, n_resamples=50),
+        "clr": compositions.clr_contrasts(counts, "lang", BOTH, E, n_resamples=50),
+        "lape": compositions.activation_entropy(counts, "lang", BOTH, E, n_resamples=50),
+        "scores": router_scores.router_score_summary(take_apart(small, some), some, n_resamples=50),
+        "routes": routes.route_regret(others_too, some, n_resamples=50),
         "divergence": divergence.paired_divergence(cells, "lang", BOTH, E, "h_js", pl.col("prob")),
         "overlap": divergence.top_overlap(counts, "lang", BOTH, E),
         "validated": validation.discover_and_validate(counts, splits, "lang", BOTH, E, 0.01, alpha=1.0),
@@ -79,7 +92,7 @@ def test_every_measure_takes_what_a_run_holds_and_says_on_how_much_it_rests(run:
         "timeline": events.timeline(motion, tokens, "turnover", segments=("user",), n_bins=3),
         "pairs": coactivation.coactivation(tokens, routing, E, n_draws=19),
         "steps": coactivation.cross_layer(tokens, routing, E, n_draws=19),
-        "paths": coactivation.paths(tokens, routing)[1],
+        "paths": paths.paths(tokens, routing)[1],
         "contribution": contribution.expert_contribution(tokens, routing, E),
         "sinks": contribution.sink_experts(tokens, routing, E, n_resamples=100),
         "drift": drift.routing_drift(tokens, routing, routing),

@@ -51,6 +51,8 @@ def test_vocabulary_is_load_corrected(words) -> None:
     plain = vocabulary_specialisation(tokens, routing, 16).row(0, named=True)
     assert real["specialisation"] == real["excess"] == 1
     assert abs(plain["excess"]) < 0.08
+    assert real["low"] == real["high"] == 1
+    assert plain["low"] < plain["excess"] < plain["high"] < plain["low"] + 0.2
     assert (real["role"], real["n_docs"]) == ("input", 80)
     skewed = routing.with_columns(
         expert_ids=pl.Series([[0, 1] if x > 0.01 else [1, 0] for x in np.random.default_rng(0).random(len(routing))])
@@ -64,7 +66,7 @@ def test_vocabulary_is_load_corrected(words) -> None:
 def test_the_next_word_is_of_the_same_document() -> None:
     tokens = pl.DataFrame(
         {"doc_id": ["a", "a", "b", "b"], "pos": [0, 1, 0, 1], "token_id": [1, 2, 1, 2], "segment": "user"}
-    )
+    ).with_columns(group_id="doc_id")
     routing = tokens.select("doc_id", "pos", layer=pl.lit(0), expert_ids=pl.Series([[0], [1], [0], [1]]))
     found = vocabulary_specialisation(tokens, routing, 2, role="next", min_count=1).row(0, named=True)
     assert found["n_tokens"] == 2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -17,8 +18,9 @@ def test_groups_weigh_the_same_and_the_interval_is_over_groups() -> None:
     row = group_means(units, "x", ["lang"]).row(0, named=True)
     assert row["mean"] == 3.0
     assert row["n_groups"] == 3
-    assert row["low"] == pytest.approx(1.0, abs=0.4)
-    assert row["high"] == pytest.approx(6.0, abs=0.7)
+    around = 4.302653 * np.sqrt(7 / 3)  # t of 2 degrees of freedom, times the standard error
+    assert row["low"] == pytest.approx(3 - around)
+    assert row["high"] == pytest.approx(3 + around)
 
 
 def test_a_margin_that_does_not_exist_is_left_out(tiny) -> None:
