@@ -7,7 +7,9 @@ router's choice are not linear. A sample of sites is therefore patched for real,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,12 @@ import torch
 from torch import Tensor
 
 from workbench.errors import ConfigError
-from workbench.experiments.attribution_sites import KINDS, Pair, Site, Versions, aligned, named, patched_metric
-from workbench.experiments.identity import describe_metric, describe_model
+from workbench.experiments.attribution_sites import KINDS, Pair, Site, Versions, aligned, named, patched_metrics
+from workbench.experiments.identity import check_choices, describe_metric, describe_model
 from workbench.experiments.metrics import Metric, score_rows
-from workbench.experiments.pairs import Pairs
+from workbench.experiments.pairs import Pairs, cells_per_pass
 from workbench.experiments.result import Result
+from workbench.experiments.sweeps import staged, sweep
 from workbench.hooks import ActivationCache, HookPoint
 from workbench.models import Llama
 from workbench.models.moe import Moe
@@ -36,6 +39,9 @@ def attribution_patching(
     kinds: Sequence[str] = ("node", "head", "expert"),
     exact_sample: int = 24,
     seed: int = 0,
+    rows: int | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
 ) -> Result:
     """Estimated effect on `metric` of putting each site's clean activation into the corrupt run (denoising).
 
@@ -52,21 +58,36 @@ def attribution_patching(
 
     `settings["agreement"]` has, per kind, the Pearson and Spearman correlation of estimate and exact effect over the
     sampled sites (means over pairs): half of them those with the largest estimates, half drawn from the rest. Pass
-    `exact_sample=0` for none. Raises ConfigError for an unknown kind or one the model has no site of.
+    `exact_sample=0` for none. rows: how many sequences run together when sites are patched; out: a directory that a
+    killed call continues from. Raises ConfigError for an unknown kind or one the model has no site of.
     """
     _check(model, kinds)
     pair = _both_runs(model, aligned(pairs), metric, kinds)
-    frames = []
-    for kind in kinds:
-        estimates = pl.concat(list(_estimates(model, pair, kind)))
-        frames.append(_with_exact(model, pair, estimates, exact_sample, seed))
-    frame = named(pl.concat(frames), pairs)
     settings = {
         "experiment": "attribution_patching", **describe_model(model), **describe_metric(metric),
         "kinds": list(kinds), "pairs": pairs.describe(), "exact_sample": exact_sample, "seed": seed,
-        "agreement": agreement(frame),
+        "corrupt": pair.value.tolist(),
     }  # fmt: skip
-    return Result(frame, settings)
+
+    def run(at: Callable[[str], Path | None]) -> Result:
+        cells = [(kind, layer) for kind in kinds for layer in range(model.cfg.n_layers) if _points(model, kind, layer)]
+        estimates = sweep(
+            cells, lambda batch: pl.concat([_estimates(model, pair, *cell) for cell in batch]), settings,
+            batch_size=1, out=at("estimates"), name="attribution", progress=progress,
+        ).frame  # fmt: skip
+        sites = [site for kind in kinds for site in _sample(estimates, kind, exact_sample, seed)]
+        if sites:
+            exact = sweep(
+                sites, lambda batch: _measure(model, pair, batch), settings,
+                batch_size=cells_per_pass(model, pairs, rows), out=at("exact"), name="exact", progress=progress,
+            ).frame  # fmt: skip
+            on = ["pair", *SITE_COLUMNS]
+            frame = estimates.join(exact, on=on, how="left", nulls_equal=True, maintain_order="left")
+        else:
+            frame = estimates.with_columns(exact=pl.lit(None, pl.Float64))
+        return Result(named(frame, pairs), {**settings, "agreement": agreement(frame)})
+
+    return staged(run, settings, out)
 
 
 def agreement(frame: pl.DataFrame) -> dict[str, dict[str, float | int | None]]:
@@ -87,6 +108,7 @@ def agreement(frame: pl.DataFrame) -> dict[str, dict[str, float | int | None]]:
 
 
 def _check(model: Llama, kinds: Sequence[str]) -> None:
+    check_choices(kinds=kinds)
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"kinds: expected some of {', '.join(KINDS)}, got {kind!r}.")
@@ -142,23 +164,20 @@ def _points(model: Llama, kind: str, layer: int) -> list[str]:
     return [f"blocks.{layer}.{leaf}" for leaf in leaves]
 
 
-def _estimates(model: Llama, pair: Pair, kind: str) -> Iterator[pl.DataFrame]:
-    """One frame per layer, `value` being the first-order effect."""
-    for layer in range(model.cfg.n_layers):
-        sparse = isinstance(model.blocks[layer].mlp, Moe)
-        if kind == "node":
-            for name in ("attn", "mlp"):
-                yield _frame(name, layer, ("pos",), pair.first_order(f"{name}_out", layer).sum(-1))
-        elif kind == "head":
-            yield _frame(kind, layer, ("pos", "head"), pair.first_order("z", layer).sum(-1))
-        elif kind == "neuron" and not sparse:
-            yield _frame(kind, layer, ("neuron",), pair.first_order("post", layer).sum(1))
-        elif kind == "neuron":
-            yield _frame(kind, layer, ("expert", "neuron"), _expert_neurons(model, pair, layer))
-        elif sparse:
-            values = pair.first_order("router_logits", layer) if kind == "router" else _experts(model, pair, layer)
-            ran = _ran(model, pair.clean["expert_ids", layer]) | _ran(model, pair.corrupt["expert_ids", layer])
-            yield _frame(kind, layer, ("pos", "expert"), values, ran)
+def _estimates(model: Llama, pair: Pair, kind: str, layer: int) -> pl.DataFrame:
+    """The first-order effects of one kind's sites in a layer that has some, as `value`."""
+    if kind == "node":
+        parts = [(name, pair.first_order(f"{name}_out", layer).sum(-1)) for name in ("attn", "mlp")]
+        return pl.concat([_frame(name, layer, ("pos",), values) for name, values in parts])
+    if kind == "head":
+        return _frame(kind, layer, ("pos", "head"), pair.first_order("z", layer).sum(-1))
+    if kind == "neuron" and not isinstance(model.blocks[layer].mlp, Moe):
+        return _frame(kind, layer, ("neuron",), pair.first_order("post", layer).sum(1))
+    if kind == "neuron":
+        return _frame(kind, layer, ("expert", "neuron"), _expert_neurons(model, pair, layer))
+    values = pair.first_order("router_logits", layer) if kind == "router" else _experts(model, pair, layer)
+    ran = _ran(model, pair.clean["expert_ids", layer]) | _ran(model, pair.corrupt["expert_ids", layer])
+    return _frame(kind, layer, ("pos", "expert"), values, ran)
 
 
 def _experts(model: Llama, pair: Pair, layer: int) -> Tensor:  # [pair pos expert]
@@ -206,22 +225,20 @@ def _frame(kind: str, layer: int, axes: Sequence[str], values: Tensor, kept: Ten
     ).select("pair", *SITE_COLUMNS, "value")  # fmt: skip
 
 
-def _with_exact(model: Llama, pair: Pair, estimates: pl.DataFrame, n_sites: int, seed: int) -> pl.DataFrame:
-    """The same rows with `exact`, measured at sampled sites."""
-    means = estimates.group_by(SITE_COLUMNS, maintain_order=True).agg(pl.col("value").mean().abs())
+def _sample(estimates: pl.DataFrame, kind: str, n_sites: int, seed: int) -> list[Site]:
+    """Sites of one kind to patch for real: half those of the largest estimates, half drawn from the rest."""
+    mine = estimates.filter(pl.col("kind").is_in(("attn", "mlp") if kind == "node" else (kind,)))
+    means = mine.group_by(SITE_COLUMNS, maintain_order=True).agg(pl.col("value").mean().abs())
     ranked = means.sort("value", descending=True, maintain_order=True)
     n_top = min(n_sites - n_sites // 2, len(ranked))
     rest = ranked[n_top:]
     chosen = pl.concat([ranked[:n_top], rest.sample(min(n_sites // 2, len(rest)), seed=seed)])
-    measured = [
-        pl.DataFrame({"pair": range(len(values)), "exact": values.double().cpu().numpy()}).join(
-            pl.DataFrame([row], schema={name: estimates.schema[name] for name in SITE_COLUMNS}), how="cross"
-        )
-        for row in chosen.select(SITE_COLUMNS).rows(named=True)
-        for values in [patched_metric(model, pair, Site(**row)) - pair.value]
-    ]
-    if not measured:
-        return estimates.with_columns(exact=pl.lit(None, pl.Float64))
-    return estimates.join(
-        pl.concat(measured), on=["pair", *SITE_COLUMNS], how="left", nulls_equal=True, maintain_order="left"
-    )
+    return [Site(**row) for row in chosen.select(SITE_COLUMNS).rows(named=True)]
+
+
+def _measure(model: Llama, pair: Pair, sites: Sequence[Site]) -> pl.DataFrame:
+    """pair, site and `exact`, the change of the metric when the site is patched."""
+    effects = (patched_metrics(model, pair, sites) - pair.value).double().tolist()
+    rows = [(n, *astuple(site), effect) for site, of in zip(sites, effects, strict=True) for n, effect in enumerate(of)]
+    types = {name: pl.String if name == "kind" else pl.Int64 for name in SITE_COLUMNS}
+    return pl.DataFrame(rows, schema={"pair": pl.Int64, **types, "exact": pl.Float64}, orient="row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from workbench.errors import ShapeError
 from workbench.experiments.metrics import Metric, score_rows
 from workbench.experiments.pairs import Pairs
 from workbench.hooks import ActivationCache, HookPoint
+from workbench.interventions.where import told
 from workbench.models import Llama
 from workbench.models.moe import Moe
 
@@ -95,17 +97,26 @@ class Pair:
 
 
 @torch.no_grad()
-def patched_metric(model: Llama, pair: Pair, site: Site) -> Tensor:  # [pair]
-    """The metric of the corrupt run with this one site taken from the clean run."""
-    name, change = _change(model, pair, site)
+def patched_metrics(model: Llama, pair: Pair, sites: Sequence[Site]) -> Tensor:  # [site pair]
+    """The metric of the corrupt run with one site at a time taken from the clean run; all sites run together."""
+    n_pairs = len(pair.tokens)
+    by_name: dict[str, list[tuple[slice, Any]]] = {}
+    for number, site in enumerate(sites):
+        name, change = _change(model, pair, site)
+        by_name.setdefault(name, []).append((slice(number * n_pairs, (number + 1) * n_pairs), change))
 
-    def patch(x: Tensor, hook: HookPoint) -> Tensor:
+    def patch(x: Tensor, hook: HookPoint) -> Tensor:  # [(site pair) pos ...]
         x = x.clone()
-        change(x)
+        for rows, change in by_name[hook.name]:
+            change(x[rows])
         return x
 
-    logits = model.run_with_hooks(pair.tokens, attention_mask=pair.mask, fwd_hooks=[(name, patch)])
-    return score_rows(pair.metric, logits)
+    mask = None if pair.mask is None else pair.mask.repeat(len(sites), 1)
+    with told(model, pair.tokens, pair.mask):
+        logits = model.run_with_hooks(
+            pair.tokens.repeat(len(sites), 1), attention_mask=mask, fwd_hooks=[(list(by_name), patch)]
+        )
+    return torch.stack([score_rows(pair.metric, part) for part in logits.split(n_pairs)])
 
 
 def _change(model: Llama, pair: Pair, site: Site) -> tuple[str, Any]:

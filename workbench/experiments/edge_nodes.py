@@ -7,7 +7,7 @@ the experts, which compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -147,36 +147,85 @@ def projection(model: Llama, node: Node) -> tuple[str, Tensor]:
     return f"blocks.{node.layer}.attn.hook_{node.kind}", weight * block.ln1.weight
 
 
-def patched_reading(
-    model: Llama, corrupt: ActivationCache, node: Node, delta: Tensor
-) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Hooks under which `node`, and nothing else, reads the corrupt run's stream plus `delta` [pair pos d_model].
-
-    Interventions on what it reads act on the changed reading as they did on the other.
-    """
+def reading_point(model: Llama, node: Node) -> str:
+    """The hook point where what a receiver reads is changed for it alone."""
     if node.kind == "logits":
-        return [(f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", lambda x, hook: x + delta.to(x.dtype))]
-    x, block = wide(stream(model, corrupt, node)) + delta, cast(Any, model.blocks[node.layer or 0])
-    if node.kind in ("mlp", "experts"):
-        name = f"blocks.{node.layer}.ln2.hook_normalized"
-        hooks: list[tuple[str, Callable[..., Tensor]]] = []
-        hooks.append((name, lambda old, hook: _normalized(model, block.ln2, x).to(old.dtype)))
-        if node.kind == "experts":  # the router keeps what it read
-            hooks.append((f"blocks.{node.layer}.mlp.hook_router_logits", lambda old, hook: corrupt[hook.name]))
-        return hooks
-    name, weight = projection(model, node)
+        return f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    return f"blocks.{node.layer}.ln2.hook_normalized" if node.kind in ("mlp", "experts") else projection(model, node)[0]
 
-    def put(old: Tensor, hook: HookPoint) -> Tensor:
-        norm = block.ln2 if node.kind == "router" else block.ln1
-        reading = (_normalized(model, norm, x) @ wide(weight).T).to(old.dtype)  # [pair pos out]
-        if node.kind == "router":
-            return _intervened(model, hook, reading)
-        new, changed = old.clone(), old.clone()  # [pair pos head d_head]
-        changed[:, :, node.index] = reading
-        new[:, :, node.index] = _intervened(model, hook, changed)[:, :, node.index]
+
+def patched_readings(
+    model: Llama, corrupt: ActivationCache, cells: Sequence[tuple[Node, Tensor]]
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks for copies of the corrupt prompts, one for each cell, copy after copy.
+
+    In its copy a cell's node, and nothing else, reads the corrupt run's stream plus the cell's delta [pair pos
+    d_model]. Interventions on what it reads act on the changed reading as they did on the other.
+    """
+    by_point: dict[str, dict[int, tuple[Node, Tensor]]] = {}
+    for number, (node, delta) in enumerate(cells):
+        by_point.setdefault(reading_point(model, node), {})[number] = node, delta
+    hooks = [(name, _reader(model, corrupt, mine, len(cells))) for name, mine in by_point.items()]
+    for number, (node, delta) in enumerate(cells):
+        if node.kind == "experts":  # the router keeps what it read
+            hooks.append((f"blocks.{node.layer}.mlp.hook_router_logits", _keeper(corrupt, number, len(delta))))
+    return hooks
+
+
+def _reader(
+    model: Llama, corrupt: ActivationCache, mine: Mapping[int, tuple[Node, Tensor]], n_cells: int
+) -> Callable[..., Tensor]:
+    """A hook that changes one point in the copies of the cells that read there."""
+
+    def put(old: Tensor, hook: HookPoint) -> Tensor:  # [(cell pair) pos ...]
+        n_pairs, first = len(old) // n_cells, next(iter(mine.values()))[0]
+        own = [(slice(cell * n_pairs, (cell + 1) * n_pairs), *reader) for cell, reader in mine.items()]
+        x = old if first.kind == "logits" else wide(stream(model, corrupt, first)).repeat(n_cells, 1, 1)
+        x = x.clone()
+        for rows, _, delta in own:
+            x[rows] += delta.to(x.dtype)
+        changed, new = reading(model, hook, old, x, [(rows, node) for rows, node, _ in own]), old.clone()
+        for rows, node, _ in own:
+            new[part(rows, node)] = changed[part(rows, node)].to(old.dtype)
         return new
 
-    return [(name, put)]
+    return put
+
+
+def _keeper(corrupt: ActivationCache, number: int, n_pairs: int) -> Callable[..., Tensor]:
+    def keep(x: Tensor, hook: HookPoint) -> Tensor:
+        x = x.clone()
+        x[number * n_pairs : (number + 1) * n_pairs] = corrupt[hook.name]
+        return x
+
+    return keep
+
+
+def part(rows: slice, node: Node) -> tuple[Any, ...]:
+    """Where a node's reading lies in the tensor of its point."""
+    return (rows, slice(None), node.index) if node.kind in ("q", "k", "v") else (rows,)
+
+
+def reading(
+    model: Llama, hook: HookPoint, old: Tensor, x: Tensor, readers: Sequence[tuple[slice, Node]]
+) -> Tensor:  # like old
+    """What a point holds in the pass that is running when readers, (rows, node), read the stream x [batch pos d_model].
+
+    Only their parts are meant; old [batch pos ...] is what the point holds.
+    """
+    node = readers[0][1]
+    if node.kind == "logits":
+        return x
+    block = cast(Any, model.blocks[node.layer or 0])
+    normalized = _normalized(model, block.ln1 if node.kind in ("q", "k", "v") else block.ln2, x)
+    if node.kind in ("mlp", "experts"):
+        return normalized
+    if node.kind == "router":
+        return _intervened(model, hook, (normalized @ wide(projection(model, node)[1]).T).to(old.dtype))
+    changed = old.clone()  # [batch pos head d_head]
+    for rows, node in readers:
+        changed[part(rows, node)] = (normalized[rows] @ wide(projection(model, node)[1]).T).to(old.dtype)
+    return _intervened(model, hook, changed)
 
 
 def _normalized(model: Llama, norm: Any, x: Tensor) -> Tensor:  # [pair pos d_model]
@@ -192,10 +241,3 @@ def _intervened(model: Llama, point: HookPoint, x: Tensor) -> Tensor:
     for edit in (edit for batch in model.batches for edit in batch.edits if edit.point is point):
         x = edit(x, point)
     return x
-
-
-def pull_back(model: Llama, x: Tensor, gradient: Tensor) -> Tensor:  # [pair pos d_model] both
-    """The gradient at the stream x of something whose gradient at x / rms(x) is given."""
-    x, inverse = wide(x), inverse_rms(x, model.cfg.norm_eps)
-    normalized = x * inverse
-    return inverse * (gradient - normalized * (normalized * gradient).mean(-1, keepdim=True))

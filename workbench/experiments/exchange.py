@@ -11,6 +11,8 @@ from torch import Tensor
 
 from workbench.capture import pad, routed_layers
 from workbench.errors import ConfigError
+from workbench.experiments.identity import describe_model, sequences_digest
+from workbench.experiments.result import Result
 from workbench.hooks import HookPoint
 from workbench.models import Llama
 from workbench.models.recording import routing_values
@@ -19,8 +21,8 @@ from workbench.models.recording import routing_values
 @torch.inference_mode()
 def exchanged_routing(
     states: Llama, routers: Llama, doc_ids: Sequence[str], sequences: Sequence[Sequence[int]]
-) -> pl.DataFrame:
-    """What the routers of `routers` would choose on the hidden states of `states`: a routing frame.
+) -> Result:
+    """What the routers of `routers` would choose on the hidden states of `states`: `frame` is a routing frame.
 
     Columns doc_id, pos, layer, expert_ids, routing_weights, router_entropy, router_margin. `states` runs undisturbed,
     by its own routing; with routers=states the frame is its own routing. This is what `drift.decompose_drift` calls
@@ -43,7 +45,11 @@ def exchanged_routing(
         owner.with_columns(pl.lit(layer).alias("layer"), *(_column(n, found[layer][n]) for n in _COLUMNS))
         for layer in layers
     ]
-    return pl.concat(frames)
+    settings = {
+        "experiment": "exchanged_routing", "states": describe_model(states), "routers": describe_model(routers),
+        "docs": list(doc_ids), "n_sequences": len(sequences), "sequences": sequences_digest(sequences),
+    }  # fmt: skip
+    return Result(pl.concat(frames), settings)
 
 
 _COLUMNS = ("expert_ids", "routing_weights", "router_entropy", "router_margin")

@@ -7,7 +7,8 @@ experts that ran at the same place, the one whose weight was most alike, and ran
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from workbench.experiments.expert_patching import (
 from workbench.experiments.metrics import Metric
 from workbench.experiments.pairs import Pairs, Runs
 from workbench.experiments.result import Result
+from workbench.experiments.sweeps import staged, sweep
 from workbench.models import Llama
 from workbench.stats.resampling import sign_flip_max_t, t_interval
 
@@ -48,6 +50,8 @@ def expert_controls(
     judged: Sequence[str] | None = None,
     seed: int = 0,
     rows: int | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
 ) -> Result:
     """The effect of patching one expert at one position, against three controls at the same place.
 
@@ -61,7 +65,7 @@ def expert_controls(
     expert's own counted as one, on these pairs (null for gate_matched, which is not drawn). Experts are drawn for it
     from all that ran, the expert itself among them: without an effect of its own it is one of them, and to leave it
     out would make p too small. `p_pairs`: two-sided sign flip of the difference over pairs, at least 2^(1 - n_pairs).
-    judged: names of the pairs to use.
+    judged: names of the pairs to use. out: a directory that a killed call continues from.
     """
     runs = expert_runs(model, pairs.only(pos), metric, direction)
     there, here = runs.columns(pairs.columns()[pos])
@@ -70,23 +74,33 @@ def expert_controls(
     kept = [judged is None or name in judged for name in pairs.unit_names()]
 
     own = table.delta("both", (expert,), there, here)  # [pair d_model]
-    effect = _effects(runs, layer, [own], here, rows)[0]  # [pair]
     others, weights, is_other = _others(table, runs, expert, there, here)
-    slot_effects = _effects(runs, layer, others, here, rows)  # [k pair]
     lengths = own.norm(dim=-1, keepdim=True)
     random = [_unit(own.shape, generator).to(own) * lengths for _ in range(n_directions)]
-    drawn = {
-        "random_expert": _draw(slot_effects, is_other, n_draws, generator),
-        "gate_matched": _closest(slot_effects, weights, is_other, table, expert, there, here, direction)[None],
-        "equal_norm": _effects(runs, layer, random, here, rows),
-    }  # [draw pair] each
-    null = {**drawn, "random_expert": _draw_with(slot_effects, is_other, effect, n_draws, generator)}
-    found = [_judge(name, effect[kept], drawn[name][:, kept], null[name][:, kept], seed) for name in CONTROLS]
     settings = {
         "experiment": "expert_controls", "layer": layer, "expert": expert, "pos": str(pos),
-        "n_judged": sum(kept), "n_draws": n_draws, "n_directions": n_directions, "seed": seed, **runs.describe(),
+        "judged": None if judged is None else list(judged), "n_judged": sum(kept), "n_draws": n_draws,
+        "n_directions": n_directions, "seed": seed, **runs.describe(),
     }  # fmt: skip
-    return Result(pl.DataFrame(found), settings)
+
+    def run(at: Callable[[str], Path | None]) -> Result:
+        deltas = [own, *others, *random]
+        swept = sweep(
+            range(len(deltas)), lambda batch: _effects(runs, layer, {n: deltas[n] for n in batch}, here), settings,
+            batch_size=runs.per_pass(rows), out=at("effects"), name="expert controls", progress=progress,
+        ).frame  # fmt: skip
+        effects = swept["effect"].to_torch().unflatten(0, (len(deltas), -1))
+        effect, slot_effects, random_effects = effects[0], effects[1 : 1 + len(others)], effects[1 + len(others) :]
+        drawn = {
+            "random_expert": _draw(slot_effects, is_other, n_draws, generator),
+            "gate_matched": _closest(slot_effects, weights, is_other, table, expert, there, here, direction)[None],
+            "equal_norm": random_effects,
+        }  # [draw pair] each
+        null = {**drawn, "random_expert": _draw_with(slot_effects, is_other, effect, n_draws, generator)}
+        found = [_judge(name, effect[kept], drawn[name][:, kept], null[name][:, kept], seed) for name in CONTROLS]
+        return Result(pl.DataFrame(found), settings)
+
+    return staged(run, settings, out)
 
 
 def find_expert(
@@ -98,6 +112,7 @@ def find_expert(
     layers: Sequence[int] | None = None,
     min_active: float = 0.5,
     direction: str = "denoise",
+    out: str | Path | None = None,
     progress: bool = True,
     **controls: Any,
 ) -> Result:
@@ -106,12 +121,14 @@ def find_expert(
     The layer is where all experts together have the largest mean effect at `pos`; the expert is the one of largest mean
     effect among those that ran there in at least `min_active` of the discovery pairs' clean versions. The halves are
     fixed by the pairs' names. Returns the table of `expert_controls` on the validation half, what was chosen and from
-    how many candidates in `settings`. Raises ShapeError with fewer than 4 pairs or without a candidate.
+    how many candidates in `settings`. out: a directory, of the search and of the controls, that a killed call continues
+    from. Raises ShapeError with fewer than 4 pairs or without a candidate.
     """
     discovery, validation = split_pairs(pairs.unit_names())
     pairs = pairs.only(pos)
+    search, judging = (None, None) if out is None else (Path(out) / "search", Path(out) / "controls")
     swept = patch_experts(
-        model, pairs, metric, layers=layers, modes=("both",), direction=direction, progress=progress
+        model, pairs, metric, layers=layers, modes=("both",), direction=direction, out=search, progress=progress
     ).frame
     sign = 1 if direction == "denoise" else -1
     seen = swept.filter(pl.col("pair").is_in(discovery)).with_columns(effect=sign * pl.col("recovered"))
@@ -130,8 +147,9 @@ def find_expert(
         )
     expert = candidates["expert"][0]
     judged = expert_controls(
-        model, pairs, metric, layer, expert, pos, direction=direction, judged=validation, **controls
-    )
+        model, pairs, metric, layer, expert, pos, direction=direction, judged=validation, out=judging,
+        progress=progress, **controls,
+    )  # fmt: skip
     chosen = {"discovery": discovery, "validation": validation, "n_candidates": len(candidates)}
     return Result(judged.frame, {**judged.settings, "experiment": "find_expert", **chosen})
 
@@ -145,18 +163,13 @@ def split_pairs(names: Sequence[str]) -> tuple[list[str], list[str]]:
     return [name for name in names if name in first], [name for name in names if name not in first]
 
 
-def _effects(
-    runs: Runs, layer: int, deltas: Sequence[Tensor], here: Tensor, rows: int | None
-) -> Tensor:  # [delta pair]
-    per_pass = runs.per_pass(rows)
-    values = torch.cat(
-        [
-            run_deltas(runs, layer, torch.stack(list(chunk)), here.expand(len(chunk), -1))
-            for chunk in (deltas[i : i + per_pass] for i in range(0, len(deltas), per_pass))
-        ]
-    )
+def _effects(runs: Runs, layer: int, deltas: Mapping[int, Tensor], here: Tensor) -> pl.DataFrame:
+    """One row per delta, by its number, and pair: `effect`, the share of the metric restored or destroyed."""
+    values = run_deltas(runs, layer, torch.stack(list(deltas.values())), here.expand(len(deltas), -1))  # [delta pair]
     recovered = (values - runs.corrupt) / (runs.clean - runs.corrupt)
-    return recovered if runs.direction == "denoise" else 1 - recovered
+    effects = recovered if runs.direction == "denoise" else 1 - recovered
+    numbers = [number for number in deltas for _ in range(effects.shape[1])]
+    return pl.DataFrame({"delta": numbers, "effect": effects.flatten().numpy()})
 
 
 def _others(

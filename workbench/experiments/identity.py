@@ -74,6 +74,11 @@ def digest(*tensors: Tensor | None) -> str:
     return found.hexdigest()[:16]
 
 
+def sequences_digest(sequences: Sequence[Sequence[int]]) -> str:
+    """Of token sequences, or positions in them, of any lengths."""
+    return digest(*(torch.tensor(list(ids), dtype=torch.long) for ids in sequences))
+
+
 def mask_digest(mask: Tensor | None) -> str | None:
     """A mask counts by what it keeps, not by its dtype; one that keeps everything is none."""
     return None if mask is None or bool(mask.bool().all()) else digest(mask.bool())

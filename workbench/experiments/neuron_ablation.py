@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.capture import pad
-from workbench.errors import ConfigError
-from workbench.experiments.identity import describe_model
+from workbench.errors import ConfigError, ShapeError
+from workbench.experiments.identity import describe_model, digest, sequences_digest
 from workbench.experiments.result import Result
+from workbench.experiments.sweeps import staged, sweep_variants
 from workbench.hooks import HookPoint
 from workbench.models import Llama
 
@@ -30,33 +32,45 @@ def ablate_neurons(
     n_random: int = 3,
     seed: int = 0,
     batch_size: int = 16,
+    out: str | Path | None = None,
+    progress: bool = True,
 ) -> Result:
     """Loss on each language with these neurons silenced, beside as many random ones of the same layers and experts.
 
     `neurons` has columns layer, expert (null when dense), neuron. Frame: neurons ("selected", "random 0" ...), pair
     (the sequence), lang, `loss` in nats per token and `change` from the whole model;
-    `result.mean("change", by=["neurons"])` of one language's rows has the intervals.
+    `result.mean("change", by=["neurons"])` of one language's rows has the intervals. out: a directory that a
+    killed call continues from.
     """
     if neurons.select("layer", "expert", "neuron").is_duplicated().any():
         raise ConfigError("neurons: expected each one once, got some twice. Use frame.unique().")
     if not len(neurons):
         raise ConfigError("neurons: expected at least one, got none. Select some first.")
-    plain = _losses(model, sequences, {}, batch_size)
+    if len(langs) != len(sequences):
+        raise ShapeError(f"langs: expected one for each of {len(sequences)} sequences, got {len(langs)}.")
     chosen = _by_layer(neurons)
     generator = torch.Generator().manual_seed(seed)
     sets = {"selected": chosen, **{f"random {n}": _random_like(model, chosen, generator) for n in range(n_random)}}
-    rows = []
-    for name, places in sets.items():
-        losses = _losses(model, sequences, places, batch_size)
-        rows += [
-            (name, str(pair), lang, loss, loss - base)
-            for pair, (lang, loss, base) in enumerate(zip(langs, losses, plain, strict=True))
-        ]
+    silenced = [{}, *sets.values()]
     settings = {
-        "experiment": "ablate_neurons", **describe_model(model), "n_neurons": len(neurons), "n_random": n_random,
-        "n_sequences": len(sequences), "seed": seed,
+        "experiment": "ablate_neurons", **describe_model(model), "n_neurons": len(neurons),
+        "neurons": digest(neurons.select(pl.col("layer", "expert", "neuron").cast(pl.Int64).fill_null(-1)).to_torch()),
+        "n_random": n_random, "n_sequences": len(sequences), "sequences": sequences_digest(sequences),
+        "langs": list(langs), "seed": seed, "batch_size": batch_size,
     }  # fmt: skip
-    return Result(pl.DataFrame(rows, schema=["neurons", "pair", "lang", "loss", "change"], orient="row"), settings)
+
+    def run(at: Callable[[str], Path | None]) -> Result:
+        frame = sweep_variants(
+            len(silenced), len(sequences), lambda number, part: _losses(model, sequences[part], silenced[number]),
+            settings, batch_size=batch_size, out=at("losses"), name="neurons", progress=progress,
+        )  # fmt: skip
+        names = pl.DataFrame({"neurons": list(sets), "variant": range(1, len(silenced))})
+        found = names.join(frame, on="variant", maintain_order="left_right").with_columns(
+            pl.col("pair").cast(pl.String), lang=pl.Series(list(langs) * len(sets)), loss="value"
+        )
+        return Result(found.select("neurons", "pair", "lang", "loss", "change"), settings)
+
+    return staged(run, settings, out)
 
 
 def _by_layer(neurons: pl.DataFrame) -> Places:
@@ -82,15 +96,13 @@ def _random_like(model: Llama, chosen: Places, generator: torch.Generator) -> Pl
     return drawn
 
 
-def _losses(model: Llama, sequences: Sequence[Sequence[int]], silenced: Places, batch_size: int) -> list[float]:
+def _losses(model: Llama, sequences: Sequence[Sequence[int]], silenced: Places) -> list[float]:
     """Mean next-token loss of each sequence in nats."""
-    losses: list[float] = []
-    for start in range(0, len(sequences), batch_size):
-        tokens, mask = pad(sequences[start : start + batch_size], left=False)
-        logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=_silencers(silenced))
-        each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2).cpu(), tokens[:, 1:], reduction="none")
-        losses += ((each * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp(min=1)).tolist()
-    return losses
+    tokens, mask = pad(sequences, left=False)
+    logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=_silencers(silenced))
+    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2).cpu(), tokens[:, 1:], reduction="none")
+    means: list[float] = ((each * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp(min=1)).tolist()
+    return means
 
 
 def _silencers(silenced: Places) -> list[tuple[str, Any]]:

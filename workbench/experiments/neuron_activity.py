@@ -5,7 +5,7 @@ A neuron of an expert exists only for tokens that were routed to it, so its coun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from workbench.capture import pad
 from workbench.errors import ShapeError
+from workbench.experiments.identity import describe_model, sequences_digest
 from workbench.hooks import HookPoint
 from workbench.models import Llama
 from workbench.models.moe import Moe
@@ -29,10 +30,11 @@ class Activity:
     """What every neuron did in every sequence, by layer; the expert axis has one entry in a dense layer.
 
     tokens [sequence expert]: how many tokens the expert saw. active [sequence expert neuron]: in how many of them the
-    gate was above 0. response, same shape: the sum of silu(gate). langs, groups: of each sequence.
+    gate was above 0. response, same shape: the sum of silu(gate). langs, groups: of each sequence. settings: plain JSON
+    values that say what ran, the model and digests of the sequences and of what was read.
     """
 
-    source: str | None
+    settings: Mapping[str, Any]
     langs: tuple[str, ...]
     groups: tuple[str, ...]
     sparse: dict[int, bool]
@@ -90,7 +92,11 @@ def neuron_activity(
             tokens, attention_mask=mask, stop_at_layer=max(chosen) + 1, fwd_hooks=[(counter.names, counter)]
         )
     sparse = {layer: isinstance(model.blocks[layer].mlp, Moe) for layer in chosen}
-    return Activity(model.source, tuple(langs), tuple(groups), sparse, counter.tokens, counter.active, counter.response)
+    settings = {
+        **describe_model(model), "n_sequences": len(sequences), "sequences": sequences_digest(sequences),
+        "read": sequences_digest(read), "langs": list(langs), "groups": list(groups), "layers": chosen,
+    }  # fmt: skip
+    return Activity(settings, tuple(langs), tuple(groups), sparse, counter.tokens, counter.active, counter.response)
 
 
 class _Counter:

@@ -59,8 +59,8 @@ def lape(
     if n_flips:
         frame = frame.join(_paired_tests(activity, langs, n_flips, seed), on=KEYS, how="left", nulls_equal=True)
     settings = {
-        "experiment": "lape", "model": activity.source, "bar": bar, "share": share, "min_tokens": min_tokens,
-        "languages": langs, "n_sequences": len(activity.langs), "n_flips": n_flips, "seed": seed,
+        "experiment": "lape", **activity.settings, "bar": bar, "share": share, "min_tokens": min_tokens,
+        "languages": langs, "n_flips": n_flips, "seed": seed,
     }  # fmt: skip
     return Result(frame.sort("entropy", maintain_order=True), settings)
 
@@ -95,8 +95,8 @@ def average_precision(activity: Activity, lang: str, *, min_sequences: int = 4, 
         }  # fmt: skip
         frames.append(_frame(columns).filter(pl.col("_least") >= min_sequences).drop("_least"))
     settings = {
-        "experiment": "average_precision", "model": activity.source, "lang": lang, "min_sequences": min_sequences,
-        "n_sequences": len(activity.langs), "seed": seed,
+        "experiment": "average_precision", **activity.settings, "lang": lang, "min_sequences": min_sequences,
+        "seed": seed,
     }  # fmt: skip
     return Result(pl.concat(frames).sort("average_precision", descending=True, maintain_order=True), settings)
 

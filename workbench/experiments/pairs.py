@@ -228,13 +228,7 @@ class Runs:
         )  # fmt: skip
 
     def per_pass(self, rows: int | None) -> int:
-        """How many cells run together: `rows` sequences' worth, by default what keeps the device busy and no more."""
-        if rows is not None and rows < 1:
-            raise ShapeError(f"rows: expected at least 1, got {rows}.")
-        if rows is None:
-            n_tokens = 2048 if self.model.device.type == "cpu" else 32768
-            rows = n_tokens // self.pairs.n_pos
-        return max(1, rows // self.pairs.n_pairs)
+        return cells_per_pass(self.model, self.pairs, rows)
 
     def describe(self) -> dict[str, Any]:
         """What decides the result besides the cells. A caller's own metric is known by its name and exact values."""
@@ -246,3 +240,13 @@ class Runs:
             "clean": self.clean.tolist(),
             "corrupt": self.corrupt.tolist(),
         }
+
+
+def cells_per_pass(model: Llama, pairs: Pairs, rows: int | None) -> int:
+    """How many cells run together: `rows` sequences' worth, by default what keeps the device busy and no more."""
+    if rows is not None and rows < 1:
+        raise ShapeError(f"rows: expected at least 1, got {rows}.")
+    if rows is None:
+        n_tokens = 2048 if model.device.type == "cpu" else 32768
+        rows = n_tokens // pairs.n_pos
+    return max(1, rows // pairs.n_pairs)

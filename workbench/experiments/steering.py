@@ -7,8 +7,10 @@ same difference of logits is a bias that re-routes (the conditional counterpart 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -19,8 +21,10 @@ from workbench.capture import PAD_ID, pad
 from workbench.chat.parse import label_tokens
 from workbench.errors import ConfigError
 from workbench.experiments.contrasts import Contrast
-from workbench.experiments.identity import describe_model
+from workbench.experiments.identity import describe_model, digest, sequences_digest
+from workbench.experiments.metrics import metric_name
 from workbench.experiments.result import Result
+from workbench.experiments.sweeps import staged, sweep_variants
 from workbench.interventions import AddVector, BiasRouter, Intervention, Where
 from workbench.models import Llama
 
@@ -88,6 +92,7 @@ def steering_vectors(model: Llama, contrast: Contrast, point: str = "resid_post"
     return Steering(contrast.name, point, vectors, seen)
 
 
+@torch.no_grad()
 def evaluate_steering(
     model: Llama,
     steering: Steering,
@@ -99,11 +104,14 @@ def evaluate_steering(
     n_random: int = 3,
     where: Where | None = None,
     batch_size: int = 16,
+    out: str | Path | None = None,
+    progress: bool = True,
 ) -> Result:
     """What the vector does to `outcome` on prompts it was not made from, beside random vectors of the same norm.
 
     Frame: vector ("steering" or "random 0" ...), scale, pair (the prompt), `value` of the outcome and `change` from the
     same prompt without steering. `result.mean("change", by=["vector", "scale"])` has the intervals over prompts.
+    out: a directory that a killed call continues from; an outcome of your own is known there by its name alone.
     Raises ConfigError when a prompt, or what its user says at whatever effort, is among those that made the vector.
     """
     seen = {_asked(ids, model.tokenizer) for ids in steering.seen}
@@ -114,24 +122,50 @@ def evaluate_steering(
             f"prompts: expected held-out ones, got {got}. "
             "Make the vector from split='discovery' and evaluate on split='validation'."
         )
-    plain = _measure(model, prompts, outcome, [], batch_size)
-    runs = [("steering", steering), *((f"random {seed}", steering.random(seed)) for seed in range(n_random))]
-    rows = []
-    for name, vector in runs:
-        for scale in scales:
-            edits = vector.interventions(layers, scale, where) if scale else []
-            values = plain if not edits else _measure(model, prompts, outcome, edits, batch_size)
-            rows += [
-                (name, float(scale), str(pair), value, value - base)
-                for pair, (value, base) in enumerate(zip(values, plain, strict=True))
-            ]
-    frame = pl.DataFrame(rows, schema=["vector", "scale", "pair", "value", "change"], orient="row")
+    vectors = [("steering", steering), *((f"random {seed}", steering.random(seed)) for seed in range(n_random))]
+    scaled = [(name, vector, float(scale)) for name, vector in vectors for scale in scales]
+    variants: list[list[Intervention]] = [[]]
+    variants += [vector.interventions(layers, scale, where) for _, vector, scale in scaled if scale]
     settings = {
         "experiment": "steering", **describe_model(model), "contrast": steering.name, "point": steering.point,
-        "outcome": getattr(outcome, "__name__", type(outcome).__name__), "layers": list(layers),
-        "scales": list(map(float, scales)), "n_random": n_random, "n_prompts": len(prompts),
+        "vectors": {str(layer): digest(steering.vectors[layer]) for layer in layers}, **_describe_outcome(outcome),
+        "layers": list(layers), "scales": list(map(float, scales)), "n_random": n_random,
+        "where": None if where is None else where.to_json(), "n_prompts": len(prompts),
+        "prompts": sequences_digest(prompts), "batch_size": batch_size,
     }  # fmt: skip
-    return Result(frame, settings)
+
+    def run(at: Callable[[str], Path | None]) -> Result:
+        frame = sweep_variants(
+            len(variants), len(prompts), lambda number, part: outcome(model, prompts[part], variants[number]), settings,
+            batch_size=batch_size, out=at("values"), name="steering", progress=progress,
+        )  # fmt: skip
+        steered = count(1)
+        rows = [(name, scale, next(steered) if scale else 0) for name, _, scale in scaled]
+        names = pl.DataFrame(rows, schema=["vector", "scale", "variant"], orient="row")
+        found = names.join(frame, on="variant", maintain_order="left_right")
+        return Result(found.select("vector", "scale", pl.col("pair").cast(pl.String), "value", "change"), settings)
+
+    return staged(run, settings, out)
+
+
+@dataclass(frozen=True, eq=False)
+class NamedOutcome:
+    """An outcome with the name and the arguments, plain JSON values, that a result's settings show."""
+
+    name: str
+    measure: Outcome
+    arguments: Mapping[str, Any]
+
+    def __call__(
+        self, model: Llama, prompts: Sequence[Sequence[int]], edits: Sequence[Intervention]
+    ) -> Sequence[float]:
+        return self.measure(model, prompts, edits)
+
+
+def _describe_outcome(outcome: Outcome) -> dict[str, Any]:
+    """`outcome`, its name, and `outcome_arguments`; those of a caller's own function are unknown (null)."""
+    arguments = dict(outcome.arguments) if isinstance(outcome, NamedOutcome) else None
+    return {"outcome": metric_name(outcome), "outcome_arguments": arguments}
 
 
 def japanese_share(max_new_tokens: int = 24) -> Outcome:
@@ -144,8 +178,7 @@ def japanese_share(max_new_tokens: int = 24) -> Outcome:
         written = _continue(model, prompts, edits, max_new_tokens)
         return [_script_share(_content(model, prompt, ids)) for prompt, ids in zip(prompts, written, strict=True)]
 
-    outcome.__name__ = "japanese_share"
-    return outcome
+    return NamedOutcome("japanese_share", outcome, {"max_new_tokens": max_new_tokens})
 
 
 def written_length(max_new_tokens: int = 64) -> Outcome:
@@ -154,8 +187,7 @@ def written_length(max_new_tokens: int = 64) -> Outcome:
     def outcome(model: Llama, prompts: Sequence[Sequence[int]], edits: Sequence[Intervention]) -> list[float]:
         return [float(len(ids)) for ids in _continue(model, prompts, edits, max_new_tokens)]
 
-    outcome.__name__ = "written_length"
-    return outcome
+    return NamedOutcome("written_length", outcome, {"max_new_tokens": max_new_tokens})
 
 
 def log_odds(token: int, other: int) -> Outcome:
@@ -167,16 +199,7 @@ def log_odds(token: int, other: int) -> Outcome:
         values: list[float] = (logits[:, token] - logits[:, other]).tolist()
         return values
 
-    outcome.__name__ = "log_odds"
-    return outcome
-
-
-@torch.no_grad()
-def _measure(
-    model: Llama, prompts: Sequence[Sequence[int]], outcome: Outcome, edits: Sequence[Intervention], batch_size: int
-) -> list[float]:
-    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    return [float(value) for batch in batches for value in outcome(model, batch, edits)]
+    return NamedOutcome("log_odds", outcome, {"token": token, "other": other})
 
 
 def _continue(

@@ -57,6 +57,50 @@ def sweep(
         return Result.read(folder / RESULT)
 
 
+def staged(
+    run: Callable[[Callable[[str], Path | None]], Result], settings: Mapping[str, Any], out: str | Path | None
+) -> Result:
+    """An experiment of more than one sweep, or of what is made of a sweep: `run` gets the directory of each by name.
+
+    With `out`, a killed call continues in these, and what `run` returns is opened as it is from then on. Raises
+    RunError as `sweep` does.
+    """
+    if out is None:
+        return run(lambda name: None)
+    folder = Path(out)
+    _begin(folder, settings, 0)
+    with lock(folder):
+        if not (folder / RESULT).exists():
+            run(lambda name: folder / "parts" / name).write(folder / RESULT)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        return Result.read(folder / RESULT)
+
+
+def sweep_variants(
+    n_variants: int,
+    n_units: int,
+    measure: Callable[[int, slice], Sequence[float]],
+    settings: Mapping[str, Any],
+    *,
+    batch_size: int,
+    **options: Any,
+) -> pl.DataFrame:
+    """Every variant of a run on every unit (a prompt), `batch_size` units at a time; `options` are those of `sweep`.
+
+    One row per variant and unit: variant, pair (their numbers), value, and `change` from variant 0 of the same unit.
+    """
+
+    def rows(cells: Sequence[tuple[int, int]]) -> pl.DataFrame:
+        ((variant, start),) = cells
+        values = list(map(float, measure(variant, slice(start, start + batch_size))))
+        return pl.DataFrame({"variant": [variant] * len(values), "pair": range(start, start + len(values)),
+                             "value": values})  # fmt: skip
+
+    cells = [(variant, start) for variant in range(n_variants) for start in range(0, n_units, batch_size)]
+    frame = sweep(cells, rows, settings, batch_size=1, **options).frame
+    return frame.with_columns(change=pl.col("value") - pl.col("value").first().over("pair"))
+
+
 def _begin(folder: Path, settings: Mapping[str, Any], n_batches: int) -> None:
     """Claim an empty folder for these settings, or check that it is theirs."""
     wanted = {"settings": dict(settings), "n_batches": n_batches}

@@ -74,8 +74,12 @@ class MlpView(View):
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.module._modules:
-            raise HookError(
-                f"{name}: expected a dense MLP, got a mixture of experts, whose neurons differ from token to token. "
-                "Use workbench.experiments.lens for neurons inside experts."
-            )
+            raise no_neurons(name)
         return getattr(self.module, name).weight.T
+
+
+def no_neurons(name: str) -> HookError:
+    return HookError(
+        f"{name}: expected a dense MLP, got a mixture of experts, whose neurons differ from token to token. "
+        "Use workbench.experiments.lens for neurons inside experts."
+    )

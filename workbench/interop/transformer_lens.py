@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from workbench.config import Qwen3MoeConfig
 from workbench.errors import ConfigError, HookError
 from workbench.hooks import HookFn, HookPoint, NameFilter, unknown_name
-from workbench.interop.tl_weights import BlockView
+from workbench.interop.tl_weights import BlockView, no_neurons
 from workbench.models import Llama
 from workbench.models.layers import rms_norm
 
@@ -30,6 +30,7 @@ except ImportError as error:
     ) from error
 
 _NOT_BY_DEFAULT = ("hook_result", "hook_expert_pre", "hook_expert_pre_linear", "hook_expert_post", "hook_expert_out")
+_NEURONS = (".mlp.hook_pre", ".mlp.hook_pre_linear", ".mlp.hook_post")
 Hooks = Iterable[tuple[NameFilter, HookFn]]
 
 
@@ -146,9 +147,7 @@ class Bridge(nn.Module):
         with self.model.hooks([(self._wanted(names_filter), keep)]):
             output = self(*args, **kwargs)
         found |= {alias: found[name] for alias, name in self._aliases.items() if name in found}
-        return output, ActivationCache(
-            found, self, has_batch_dim=not remove_batch_dim
-        ) if return_cache_object else found
+        return output, Cache(found, self, has_batch_dim=not remove_batch_dim) if return_cache_object else found
 
     def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
         self.model.reset_hooks()
@@ -219,6 +218,23 @@ class Bridge(nn.Module):
     @property
     def W_O(self) -> Tensor:  # [layer head d_head d_model]
         return torch.stack([block.attn.W_O for block in self.blocks])
+
+
+class Cache(ActivationCache):
+    """TransformerLens' cache; it refuses the dense neurons of a mixture of experts, however they are asked for.
+
+    `get_full_resid_decomposition` runs with `expand_neurons=False`. Raises HookError for neurons of a sparse layer.
+    """
+
+    def __getitem__(self, key: Any) -> Tensor:
+        try:
+            found: Tensor = super().__getitem__(key)
+        except KeyError as error:
+            name = str(error.args[0])
+            if name.endswith(_NEURONS) and name not in self.model.hook_dict:
+                raise no_neurons(name) from None
+            raise
+        return found
 
 
 def _query_fork(model: Llama, layer: int, name: str, fn: HookFn) -> list[tuple[NameFilter, HookFn]]:

@@ -11,10 +11,11 @@ from closeness import assert_near, near
 
 from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.attribution import SITE_COLUMNS, _both_runs, agreement, attribution_patching
-from workbench.experiments.attribution_sites import KINDS, Site, aligned, patched_metric
+from workbench.experiments.attribution_sites import KINDS, Site, aligned, patched_metrics
 from workbench.experiments.metrics import logit_difference
 from workbench.experiments.pairs import Pairs
 from workbench.hooks import ActivationCache
+from workbench.interventions import Interventions, ScaleExperts, Where
 from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
 
 
@@ -47,7 +48,7 @@ def test_estimates_are_the_derivative_along_the_difference(model, tokens):
     assert set(sites["kind"]) >= {"attn", "mlp", "head"}
     for row in sites.select(*SITE_COLUMNS, "value").rows(named=True):
         value = row.pop("value")
-        moved = (patched_metric(model, near, Site(**row)) - pair.value).mean() / step
+        moved = (patched_metrics(model, near, [Site(**row)])[0] - pair.value).mean() / step
         assert float(moved) == pytest.approx(value, rel=2e-2, abs=1e-5)
 
 
@@ -63,7 +64,7 @@ def test_expert_estimate_is_exact_where_nothing_follows_but_the_unembedding(moe,
         pair = _both_runs(moe, aligned(Pairs(tokens, tokens.flip(0))), logit_difference(7, 9), [kind])
         for row in mean_effects(result).filter(pl.col("layer") == last).gather_every(11).rows(named=True):
             value = row.pop("value")
-            exact = (patched_metric(moe, pair, Site(**row)) - pair.value).mean()
+            exact = (patched_metrics(moe, pair, [Site(**row)])[0] - pair.value).mean()
             assert float(exact) == pytest.approx(value, rel=1e-3, abs=2e-5)
 
 
@@ -130,6 +131,27 @@ def test_exact_column_equals_patching_by_hand(nano):
             assert row["exact"] == near(float((patched - base)[1]), logits)
     assert result.frame.drop_nulls("exact").group_by("kind").len()["len"].to_list() == [12, 12]
     assert all(-1 <= found["pearson"] <= 1 for found in result.settings["agreement"].values())
+
+
+@torch.no_grad()
+def test_many_sites_in_a_pass_equal_one_at_a_time(moe, tokens):
+    metric = logit_difference(7, 9)
+    with moe.intervene(Interventions([ScaleExperts(experts=(0, 1), factor=3.0, where=Where(langs=("ja",)))],
+                                     langs=["ja", "en"])):  # fmt: skip
+        one, many = (
+            attribution_patching(
+                moe, Pairs(tokens, tokens.flip(1)), metric, kinds=list(KINDS), exact_sample=20, rows=rows,
+                progress=False,
+            ).frame
+            for rows in (2, 1000)
+        )  # fmt: skip
+        logits = moe(tokens)
+    assert one.drop("exact").equals(many.drop("exact"))
+    exact = [frame.drop_nulls("exact") for frame in (one, many)]
+    assert exact[0].drop("exact").equals(exact[1].drop("exact"))
+    assert len(exact[0]) == 2 * 20 * len(KINDS)
+    assert_near(exact[0]["exact"].to_torch(), exact[1]["exact"].to_torch(), logits)
+    assert exact[0]["exact"].abs().max() > 1e-2
 
 
 def test_estimates_agree_with_exact_patching_on_a_trained_model(nano):

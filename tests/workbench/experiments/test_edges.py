@@ -5,16 +5,18 @@ from __future__ import annotations
 import polars as pl
 import pytest
 import torch
+from by_row import BY_ROW
 from closeness import assert_near
 
 from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.attribution_sites import aligned
 from workbench.experiments.edge_nodes import Node, needed, written
-from workbench.experiments.edges import _run_path, edge_attribution, path_patching
+from workbench.experiments.edges import edge_attribution, path_patching
 from workbench.experiments.metrics import logit_difference
 from workbench.experiments.pairs import Pairs
+from workbench.experiments.paths import Ends
 from workbench.hooks import ActivationCache
-from workbench.interventions import AddVector, BiasRouter, KnockOut, ScaleActivation, Where
+from workbench.interventions import AddVector, BiasRouter, KnockOut, ScaleActivation, SetActivation, Where
 from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
 
 METRIC = logit_difference(7, 9)
@@ -101,6 +103,65 @@ def test_a_path_under_an_intervention_equals_one_made_with_plain_torch_hooks(moe
     assert_near(found.float(), METRIC(logits), logits)
 
 
+@pytest.mark.parametrize("name", ["none", *BY_ROW])
+def test_many_paths_in_a_pass_equal_one_at_a_time(moe, tokens, name):
+    """Paths of several lengths and layers, under interventions that tell rows or tokens apart."""
+    paths = [
+        ["head 0.4", "q 2.1", "logits"], ["head 0.4", "q 2.4"], ["embed", "logits"], ["expert 0.2", "k 1.1"],
+        ["embed", "v 0.0", "experts 2", "logits"], ["head 1.1", "router 2"], ["embed", "experts 2"],
+        ["embed", "experts 0", "v 2.0"], ["embed", "mlp 2", "logits"], ["embed", "mlp 1"],
+    ]  # fmt: skip
+    pairs = Pairs(tokens, tokens.flip(1))
+    with moe.intervene(BY_ROW[name](moe, tokens) if name in BY_ROW else []):
+        one, many = (path_patching(moe, pairs, METRIC, paths, rows=n, progress=False).frame for n in (2, 1000))
+        with torch.no_grad():
+            logits = moe(tokens)
+    assert one.select("pair", "path").equals(many.select("pair", "path"))
+    assert_near(one["value"].to_torch(), many["value"].to_torch(), logits)
+    assert (one["effect"].abs() > 1e-3).sum() > 10
+
+
+AT_READERS = {
+    "v": [ScaleActivation(point="v", factor=3.0)],
+    "q": [AddVector(point="q", vector=torch.linspace(-2, 2, 8)), ScaleActivation(point="q", factor=0.5)],
+    "router": [
+        ScaleActivation(point="blocks.2.mlp.hook_router_logits", factor=2.0),
+        KnockOut(experts=(3,), mode="reroute"),
+    ],
+    "norm": [ScaleActivation(point="ln1.normalized", factor=2.0), ScaleActivation(point="ln2.scale", factor=0.5)],
+    "some": [ScaleActivation(point="k", factor=3.0, where=Where(positions=(2, -1)))],
+    "final": [ScaleActivation(point="ln_final.hook_normalized", factor=2.0)],
+}
+
+
+@pytest.mark.parametrize("name", list(AT_READERS))
+def test_estimates_go_through_the_interventions_at_the_receiver(moe, tokens, name):
+    """A sender that moves a little of the way: its exact path over the estimate is one."""
+    model, corrupt, step = moe.double(), tokens.flip(0), 1e-5
+    with model.intervene(AT_READERS[name]):
+        frame = edge_attribution(
+            model, Pairs(tokens, corrupt), METRIC, to=("q", "k", "v", "router", "experts", "logits"), progress=False
+        ).frame
+        with torch.no_grad():
+            clean, own = (model.run_with_cache(t, names_filter=needed(model, False))[1] for t in (tokens, corrupt))
+            near = ActivationCache({n: own[n] + step * (x - own[n]) for n, x in clean.items()})
+            base = METRIC(model(corrupt)).sum()
+            edges = frame.group_by("sender", "receiver").agg(pl.col("value").sum()).sort("value").gather_every(6)
+            routes = [[Node.parse(sender), Node.parse(receiver)] for sender, receiver, _ in edges.rows()]
+            moved = (Ends(model, METRIC, corrupt, None, near, own).measure(routes).sum(1) - base) / step
+    assert edges["value"].abs().max() > 1e-2
+    assert moved.tolist() == pytest.approx(edges["value"].to_list(), rel=1e-2, abs=1e-6)
+
+
+def test_a_receiver_that_is_set_from_outside_hears_nobody(moe, tokens):
+    with moe.intervene(SetActivation(point="q", value=0.5)):
+        frame = edge_attribution(moe, Pairs(tokens, tokens.flip(0)), METRIC, to=("q", "k"), exact_sample=200).frame
+    set_ones = frame.filter(pl.col("receiver").str.starts_with("q"))
+    assert (set_ones["value"] == 0).all()
+    assert set_ones["exact"].drop_nulls().abs().max() < 1e-5
+    assert frame["value"].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("receivers", [("q", "k", "v", "mlp", "logits"), ("k", "router", "experts", "logits")])
 def test_estimates_are_the_derivative_of_exact_paths(model, tokens, receivers):
     if not model.cfg.is_moe and "router" in receivers:
@@ -117,7 +178,7 @@ def test_estimates_are_the_derivative_of_exact_paths(model, tokens, receivers):
         assert len(edges) > 5
         for sender, receiver, value in edges.rows():
             route = [Node.parse(sender), Node.parse(receiver)]
-            moved = (_run_path(model, corrupt, METRIC, None, route, near, corrupt_cache).sum() - base) / step
+            moved = (Ends(model, METRIC, corrupt, None, near, corrupt_cache).measure([route]).sum() - base) / step
             assert float(moved) == pytest.approx(value, rel=1e-2, abs=1e-7)
 
 
@@ -299,5 +360,5 @@ def test_edges_between_crossed_positions_are_the_derivative_of_their_paths(moe, 
         edges = frame.group_by("sender", "receiver").agg(pl.col("value").sum()).sort("value").gather_every(11)
         for sender, receiver, value in edges.rows():
             route = [Node.parse(sender), Node.parse(receiver)]
-            change = (_run_path(model, corrupt, METRIC, None, route, moved, caches[1]).sum() - base) / step
+            change = (Ends(model, METRIC, corrupt, None, moved, caches[1]).measure([route]).sum() - base) / step
             assert float(change) == pytest.approx(value, rel=1e-2, abs=1e-7)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
 
-from workbench.capture import capture_routing
+from workbench.capture import capture_routing, weights_hash
 from workbench.errors import ConfigError
 from workbench.experiments.exchange import exchanged_routing
+from workbench.experiments.result import Result
 from workbench.models import Qwen3Moe, build_model, init_weights
 
 SEQUENCES = [[7, 8, 9, 10], [11, 12, 13]]
@@ -27,7 +29,7 @@ def own(model: Qwen3Moe) -> pl.DataFrame:
 
 
 def test_a_models_own_routers_give_its_own_routing(moe: Qwen3Moe) -> None:
-    found = exchanged_routing(moe, moe, NAMES, SEQUENCES).sort("doc_id", "pos", "layer")
+    found = exchanged_routing(moe, moe, NAMES, SEQUENCES).frame.sort("doc_id", "pos", "layer")
     expected = own(moe).sort("doc_id", "pos", "layer")
     for column in ("doc_id", "pos", "layer"):
         assert found[column].to_list() == expected[column].to_list()
@@ -39,7 +41,7 @@ def test_a_models_own_routers_give_its_own_routing(moe: Qwen3Moe) -> None:
 
 def test_foreign_routers_choose_as_if_they_were_built_in_at_the_first_layer(moe: Qwen3Moe, other: Qwen3Moe) -> None:
     """At the first routed layer the hidden states are untouched by routing, so swapping the weight is the same."""
-    found = exchanged_routing(moe, other, NAMES, SEQUENCES)
+    found = exchanged_routing(moe, other, NAMES, SEQUENCES).frame
     with torch.no_grad():
         moe.blocks[0].mlp.router.weight.copy_(other.blocks[0].mlp.router.weight)
     expected = own(moe)
@@ -54,6 +56,17 @@ def test_the_run_is_undisturbed(moe: Qwen3Moe, other: Qwen3Moe) -> None:
     before = moe(tokens)
     exchanged_routing(moe, other, NAMES, SEQUENCES)
     assert torch.equal(moe(tokens), before)
+
+
+def test_settings_say_what_ran(moe: Qwen3Moe, other: Qwen3Moe, tmp_path: Path) -> None:
+    result = exchanged_routing(moe, other, NAMES, SEQUENCES)
+    read = Result.read(result.write(tmp_path / "exchanged.parquet"))
+    assert read.frame.equals(result.frame)
+    weights = [read.settings[name]["model"]["weights"] for name in ("states", "routers")]
+    assert weights == [weights_hash(moe), weights_hash(other)]
+    assert read.settings["docs"] == NAMES
+    again = exchanged_routing(moe, other, NAMES, [[7, 8, 9, 11], SEQUENCES[1]]).settings
+    assert {key for key, value in again.items() if value != read.settings[key]} == {"sequences"}
 
 
 def test_models_of_other_shapes_are_refused(moe: Qwen3Moe, llama) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from by_row import BY_ROW
 from closeness import assert_near, near
-from recorded import frozen
 from torch import Tensor
 
 from workbench.errors import InterventionError, RunError, ShapeError
@@ -25,17 +25,14 @@ from workbench.experiments.patching import patch
 from workbench.experiments.tracing import causal_tracing
 from workbench.interventions import (
     AddVector,
-    BiasRouter,
     Interventions,
     KnockOut,
     PatchActivations,
     PerRow,
     ScaleActivation,
     ScaleExperts,
-    SwapRouting,
     Where,
 )
-from workbench.interventions.session import Attachable
 from workbench.models import Qwen3Moe
 
 METRIC = logit_difference(40, 50)
@@ -173,22 +170,6 @@ def test_digests_tell_shape_dtype_and_absence_apart() -> None:
     values = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 3).int(), None]
     assert len({digest(value) for value in values}) == 4
     assert digest(torch.zeros(2, 3).bfloat16()) == digest(torch.zeros(3, 2).bfloat16().T.contiguous())
-
-
-JA = {"experts": (1, 4), "mode": "drop"}
-BY_ROW: dict[str, Callable[[Qwen3Moe, Tensor], Attachable]] = {
-    "langs": lambda m, t: Interventions([KnockOut(**JA, where=Where(langs=("ja",)))], langs=["ja", "en"]),
-    "swap": lambda m, t: Interventions([SwapRouting(rows=(1, 0))]),
-    "recordings": lambda m, t: Interventions([frozen(m, t)]),
-    "prompts": lambda m, t: Interventions([KnockOut(**JA, where=Where(phase="decode"))], n_prompt=[2, 3]),
-    "rows": lambda m, t: PerRow([[BiasRouter(bias=torch.arange(8.0))], [KnockOut(**JA, where=Where(positions=(2,)))]]),
-    "segments": lambda m, t: Interventions(
-        [KnockOut(**JA, where=Where(segments=("user",)))],
-        label=lambda ids: ["user" if i % 2 == ids[0] % 2 else "final" for i in range(len(ids))],
-    ),
-    "positions": lambda m, t: Interventions([ScaleExperts(experts=(0, 1), factor=3.0, where=Where(positions=(2, -1)))]),
-    "prefill": lambda m, t: Interventions([KnockOut(experts=(1, 4), mode="reroute", where=Where(phase="prefill"))]),
-}
 
 
 @pytest.mark.parametrize("name", list(BY_ROW))

@@ -102,10 +102,29 @@ def test_average_precision_finds_the_planted_neuron(planted):
         assert ranked[0 if lang == "ja" else -1] == NEURON
 
 
+def test_settings_say_what_ran(model):
+    sequences, langs, groups = corpus(2)
+    read = [[0, 1] for _ in sequences]
+    first = neuron_activity(model, sequences, langs, groups, read=read)
+    for result in (lape(first), average_precision(first, "ja", min_sequences=1)):
+        assert {"model", "runs", "interventions", "sequences", "read", "langs", "groups"} <= set(result.settings)
+        assert result.settings["model"]["weights"] == first.settings["model"]["weights"]
+        assert result.settings["n_sequences"] == 4
+        json.dumps(result.settings, allow_nan=False)
+    changed = {
+        "sequences": neuron_activity(model, [*sequences[:-1], [*sequences[-1][:-1], 5]], langs, groups, read=read),
+        "read": neuron_activity(model, sequences, langs, groups, read=[*read[:-1], [0]]),
+        "langs": neuron_activity(model, sequences, langs[::-1], groups, read=read),
+        "groups": neuron_activity(model, sequences, langs, groups[::-1], read=read),
+    }
+    for name, other in changed.items():
+        assert {key for key, value in other.settings.items() if value != first.settings[key]} == {name}
+
+
 def made_activity(p, tokens=100):
     """One dense layer; p [lang neuron] in a group of its own for each language."""
     active = (np.asarray(p) * tokens)[:, None]  # [sequence 1 neuron]
-    return Activity(None, ("en", "ja"), ("g", "g"), {0: False}, {0: np.full((2, 1), tokens)}, {0: active}, {0: active})
+    return Activity({}, ("en", "ja"), ("g", "g"), {0: False}, {0: np.full((2, 1), tokens)}, {0: active}, {0: active})
 
 
 def test_lape_is_the_published_rule():
@@ -121,7 +140,7 @@ def test_average_precision_is_its_definition():
     langs = ("ja", "en", "ja", "en", "en", "ja", "en", "ja")
     scores = np.array([8.0, 7, 6, 5, 4, 3, 2, 1])
     rows = {0: scores[:, None, None]}
-    activity = Activity(None, langs, langs, {0: False}, {0: np.ones((8, 1))}, rows, rows)
+    activity = Activity({}, langs, langs, {0: False}, {0: np.ones((8, 1))}, rows, rows)
     value = average_precision(activity, "ja").frame["average_precision"].item()
     assert value == pytest.approx((1 / 1 + 2 / 3 + 3 / 6 + 4 / 8) / 4)
 
@@ -132,7 +151,7 @@ def test_sequences_that_never_chose_an_expert_take_no_part():
     tokens[:2, 1] = 0
     response = np.random.default_rng(0).random((10, 2, 3)).astype(np.float32)
     frame = average_precision(
-        Activity(None, langs, langs, {3: True}, {3: tokens}, {3: response}, {3: response}), "ja"
+        Activity({}, langs, langs, {3: True}, {3: tokens}, {3: response}, {3: response}), "ja"
     ).frame
     counts = frame.group_by("expert").agg(pl.col("n_sequences").first()).sort("expert")
     assert counts["n_sequences"].to_list() == [10, 8]

@@ -128,6 +128,18 @@ def test_neuron_results_on_dense_and_a_clear_refusal_on_experts(nano, nano_dense
     torch.testing.assert_close(everything.sum(0), cache["resid_post", 5], atol=1e-4, rtol=1e-4)
     with pytest.raises(HookError, match=r"experiments\.lens"):
         _ = as_bridge(nano).blocks[0].mlp.W_out
+    _, cache = as_bridge(nano).run_with_cache(clean)
+    direction = torch.ones(nano.cfg.d_model)
+    for ask in (
+        cache.get_full_resid_decomposition, lambda: cache.stack_neuron_results(3), lambda: cache.get_neuron_results(0),
+        lambda: cache.stack_neuron_results(3, apply_ln=True, project_output_onto=direction), lambda: cache["post", -1],
+    ):  # fmt: skip
+        with pytest.raises(HookError, match=r"expected a dense MLP, got a mixture of experts.*experiments\.lens"):
+            ask()
+    whole = cache.get_full_resid_decomposition(expand_neurons=False)
+    torch.testing.assert_close(whole.sum(0), cache["resid_post", 5], atol=1e-4, rtol=1e-4)
+    with pytest.raises(KeyError, match="hook_nonsense"):
+        _ = cache["nonsense", 0]
 
 
 @torch.no_grad()
