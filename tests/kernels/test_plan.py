@@ -99,6 +99,7 @@ def test_a_layer_of_which_nothing_fits_is_refused() -> None:
             r"need.experts: expected ids in one dimension, got torch.float32",
         ),
         ({"need": Need(("expert_out",), tokens=torch.ones(3))}, r"need.tokens: expected ids in one dimension"),
+        ({"intervene": {"keep_mask": None}}, r"intervene: expected an Intervene, got dict"),
         ({"path": "fast"}, r"path: expected one of auto, decode, skinny, tile, got 'fast'"),
         ({"path": "tile", "impl": "sorted"}, r"path: expected auto with impl 'sorted', got 'tile'"),
         ({"numerics": "exact"}, r"numerics: expected one of trained, hf, got 'exact'"),

@@ -188,6 +188,12 @@ def test_activations_can_be_moved_as_they_come(llama: Llama, tokens: Tensor) -> 
     assert cache["hook_embed"].device.type == "cpu"
 
 
+def test_a_cache_counts_layers_from_the_first(llama: Llama, tokens: Tensor) -> None:
+    _, cache = llama.run_with_cache(tokens)
+    with pytest.raises(HookError, match=r"got -1. Use model.cfg.n_layers - 1"):
+        cache["resid_post", -1]
+
+
 def test_unknown_names_and_wrong_replacements_are_refused(llama: Llama, tokens: Tensor) -> None:
     with pytest.raises(HookError, match=r"got 'blocks.0.hook_resid_pres'. Did you mean blocks.0.hook_resid_pre"):
         llama.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_resid_pres", lambda x, hook: None)])

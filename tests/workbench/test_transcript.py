@@ -168,6 +168,7 @@ def test_hooks_of_the_caller_receive_tensors_that_may_be_trained_on(llama: Llama
             HookError,
             r"record: expected points with axes batch pos, got blocks\.0\.mlp\.hook_expert_load",
         ),
+        (["routng"], HookError, "record: expected a known one, got 'routng'. Did you mean routing"),
     ],
 )
 def test_what_cannot_be_recorded_is_named(

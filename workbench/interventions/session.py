@@ -57,6 +57,8 @@ class Interventions(Attachable):
             object.__setattr__(self, "items", (self.items,))
         if not isinstance(self.items, Sequence):
             raise InterventionError(f"interventions: expected a list of them, got {type(self.items).__name__}.")
+        if isinstance(self.items, str):
+            raise InterventionError(f"interventions: expected values, got {self.items!r}. Use Interventions.load(FILE).")
         for item in self.items:
             if not isinstance(item, Intervention):
                 raise InterventionError(f"interventions: expected values such as KnockOut(...), got {item!r}.")

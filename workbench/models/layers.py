@@ -125,6 +125,7 @@ def check_tokens(tokens: Tensor, cfg: ModelConfig) -> None:
     if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int32, torch.int64):
         raise ShapeError(
             f"tokens: expected integers [batch pos], int64 or int32, got {tuple(tokens.shape)} {tokens.dtype}."
+            " One sequence is tokens[None]."
         )
     # a range check on a GPU tensor would wait for the device; tokens come from the host in practice
     if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < cfg.d_vocab:

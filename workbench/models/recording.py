@@ -216,7 +216,7 @@ def _points(model: Llama, name: str) -> list[HookPoint]:
     full = [name] if name in model.hook_dict else []
     names = full or [known for known in model.hook_dict if f".{known}".endswith((f".{name}", f".hook_{name}"))]
     if not names:
-        raise HookError(unknown_name(name, model.hook_dict))
+        raise HookError(unknown_name(name, [ROUTING, *model.hook_dict], "record"))
     points = [model.hook_dict[found] for found in names]
     for point in points:
         if not point.shape.startswith("batch pos"):

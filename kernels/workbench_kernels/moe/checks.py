@@ -45,6 +45,8 @@ def check_layer(
 
 def check_intervene(intervene: Intervene, n_tokens: int, n_experts: int, k: int, d_model: int, like: Tensor) -> None:
     """Shapes, dtypes, devices, and on CPU the values, of every field that is set. Raises ValueError."""
+    if not isinstance(intervene, Intervene):
+        raise ValueError(f"intervene: expected an Intervene, got {type(intervene).__name__}. Write Intervene(...).")
     per_expert, per_token = (n_experts,), (n_tokens, n_experts)
     expected: dict[str, tuple[str, Sequence[tuple[int, ...]]]] = {
         "router_bias": ("floating", (per_expert, per_token)),

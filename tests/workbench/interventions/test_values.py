@@ -198,3 +198,8 @@ def test_heads_of_a_patch_are_heads(moe: Qwen3Moe, tokens: Tensor) -> None:
     assert torch.equal(found[:, :, [0, 2, 3, 4, 5]], own[:, :, [0, 2, 3, 4, 5]])
     with pytest.raises(InterventionError, match="patch_activations heads: expected 0 to 5, got 6"):
         Interventions([PatchActivations.from_cache({name: other}, where=Where(heads=(6,)))]).check(moe)
+
+
+def test_the_name_of_a_file_is_no_list_of_interventions() -> None:
+    with pytest.raises(InterventionError, match=r"got 'change.json'. Use Interventions.load\(FILE\)"):
+        Interventions("change.json")  # type: ignore[arg-type]
