@@ -11,7 +11,7 @@ from tests.benchmarks.patching_speed import TEMPLATES, compare
 
 @pytest.mark.slow
 def test_a_sweep_is_three_times_as_fast(capsys: pytest.CaptureFixture[str]) -> None:
-    """Medians of interleaved rounds, with slack for a busy machine; `compare` also checks that the results agree."""
+    """Medians of interleaved rounds; `compare` also checks that the results agree."""
     ratios = compare("nano-moe-thinking", TEMPLATES[0], rounds=7)
-    assert ratios["TransformerLens, its own bridge"] > 2.5
+    assert ratios["TransformerLens, its own bridge"] >= 3
     assert "x ours" in capsys.readouterr().out
