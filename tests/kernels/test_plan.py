@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from moe_problems import problem, relative
 
 from workbench_kernels import Intervene, Need, choose_implementation, fused_moe, quantize
+from workbench_kernels.moe.choice import CHOICES
 from workbench_kernels.moe.plan import NEEDS
 from workbench_kernels.moe.reference import reference_moe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+EVERY = ("auto", *CHOICES)  # triton too: arguments are looked at before it is asked whether an implementation can run
+NO_INTEGERS: tuple[Any, ...] = (2.0, True, "2", None, torch.tensor(2), [2])
 
 
 def test_the_oracle_equals_a_loop_over_slots() -> None:
@@ -73,17 +76,30 @@ def test_a_layer_of_which_nothing_fits_is_refused() -> None:
     for args, message in [
         ((x[0], router, gate_up, down, k), r"x: expected a floating tensor \[T, d_model\], got torch.float32 \[12\]"),
         ((x.long(), router, gate_up, down, k), r"x: expected a floating tensor"),
+        ((x.tolist(), router, gate_up, down, k), r"x: expected a floating tensor .* got list\. Flatten or convert it"),
+        *(
+            (
+                (x, router.to(dtype), gate_up, down, k),
+                rf"router_weight: expected a floating tensor .* got {dtype} \[5, 12",
+            )
+            for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2)
+        ),
+        ((x, router.numpy(), gate_up, down, k), r"router_weight: expected a floating tensor \[E, 12\], got ndarray"),
+        ((x, router, list(gate_up), down, k), r"gate_up: expected a tensor or QuantizedExperts, got list\. Stack"),
+        ((x, router, gate_up, down.numpy(), k), r"down: expected a tensor or QuantizedExperts, got ndarray"),
         ((x, router[:, 1:], gate_up, down, k), r"router_weight: expected \[E, 12\], got \[5, 11\]"),
         ((x, router, gate_up[:4], down, k), r"gate_up: expected \[5, 2·d_expert, 12\], got \[4, 12, 12\]"),
         ((x, router, gate_up[:, 1:], down, k), r"gate_up: expected an even number of rows .* got 11"),
         ((x, router, gate_up, down.transpose(1, 2), k), r"down: expected \[5, 12, 6\], got \[5, 6, 12\]"),
         ((x, router, gate_up.bfloat16(), down, k), r"gate_up: expected torch.float32 like x, got torch.bfloat16"),
         ((x, router, gate_up, down.to("meta"), k), r"down: expected device cpu like x, got meta"),
-        ((x, router, gate_up, down, 0), r"k: expected 1 to 5 \(the number of experts\), got 0"),
+        ((x, router, gate_up, down, 0), r"k: expected 1 to 5 \(the number of experts\), as an int, got 0"),
         ((x, router, gate_up, down, 6), r"k: expected 1 to 5"),
+        *(((x, router, gate_up, down, wrong), r"k: expected 1 to 5 .* as an int, got") for wrong in NO_INTEGERS),
     ]:
-        with pytest.raises(ValueError, match=message):
-            fused_moe(*args)
+        for impl in EVERY:
+            with pytest.raises(ValueError, match=message):
+                fused_moe(*args, impl=impl)
 
 
 @pytest.mark.parametrize(
@@ -99,16 +115,36 @@ def test_a_layer_of_which_nothing_fits_is_refused() -> None:
             r"need.experts: expected ids in one dimension, got torch.float32",
         ),
         ({"need": Need(("expert_out",), tokens=torch.ones(3))}, r"need.tokens: expected ids in one dimension"),
-        ({"intervene": {"keep_mask": None}}, r"intervene: expected an Intervene, got dict"),
+        ({"need": 5}, r"need: expected a tuple of names or a Need, got int\. Write"),
+        ({"need": True}, r"need: expected a tuple of names or a Need, got bool"),
+        ({"need": {"margin": True}}, r"need: expected a tuple of names or a Need, got dict"),
+        ({"need": ["margin", 3]}, r"need: expected names among expert_pre, .*, got 3\. Ask"),
+        ({"need": Need("margin")}, r"need: expected a tuple of names, got 'margin'"),
+        ({"need": Need(3)}, r"need: expected a tuple of names or a Need, got int"),
+        ({"need": Need((), experts=5)}, r"need.experts: expected ids or a mask, got 5\. Give a list of integers"),
+        ({"need": Need((), tokens="0")}, r"need.tokens: expected ids or a mask, got '0'"),
+        ({"need": Need((), experts=[1, None])}, r"need.experts: expected ids or a mask, got \[1, None\]"),
+        (
+            {"need": Need((), experts=torch.ones(2, dtype=torch.complex64))},
+            r"need.experts: .*got torch.complex64 \[2\]",
+        ),
+        ({"need": Need((), tokens=[9])}, r"need.tokens: expected ids from 0 to 2, got 9 to 9\. Leave"),
+        ({"intervene": {}}, r"intervene: expected an Intervene or None, got dict\. Write intervene=Intervene"),
+        ({"intervene": {"expert_scale": torch.ones(5)}}, r"intervene: expected an Intervene or None, got dict"),
+        ({"intervene": False}, r"intervene: expected an Intervene or None, got bool"),
         ({"path": "fast"}, r"path: expected one of auto, decode, skinny, tile, got 'fast'"),
+        ({"path": None}, r"path: expected one of auto, decode, skinny, tile, got None"),
+        ({"numerics": ["hf"]}, r"numerics: expected one of trained, hf, got \['hf'\]\. Name one"),
         ({"path": "tile", "impl": "sorted"}, r"path: expected auto with impl 'sorted', got 'tile'"),
         ({"numerics": "exact"}, r"numerics: expected one of trained, hf, got 'exact'"),
+        ({"impl": None}, r"moe_impl: expected one of auto, .* got None\. Name one of them"),
         ({"impl": "cuda"}, r"moe_impl: expected one of auto, sorted, grouped_mm, reference, triton, got 'cuda'"),
     ],
 )
 def test_what_is_asked_for_must_exist(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fused_moe(*problem(3, 12, 6, 5, 2).args, **options)
+    for impl in (options["impl"],) if "impl" in options else EVERY:
+        with pytest.raises(ValueError, match=message):
+            fused_moe(*problem(3, 12, 6, 5, 2).args, **options | {"impl": impl})
 
 
 @pytest.mark.parametrize(
@@ -120,6 +156,25 @@ def test_what_is_asked_for_must_exist(options: dict[str, Any], message: str) -> 
         ({"expert_scale": [1.0] * 5}, r"expert_scale: expected a floating tensor \[5\], got list"),
         ({"expert_add": torch.zeros(5, 11)}, r"expert_add: expected a floating tensor \[5, 12\]"),
         ({"forced_ids": torch.zeros(3, 2)}, r"forced_ids: expected an integer tensor \[3, 2\]"),
+        *(
+            (
+                {name: torch.zeros(shape, dtype=torch.complex64)},
+                rf"{name}: expected an? {kind} tensor .* got torch.complex64",
+            )
+            for name, kind, shape in (
+                ("forced_ids", "integer", (3, 2)),
+                ("forced_weights", "floating", (3, 2)),
+                ("keep_mask", "bool", (5,)),
+                ("router_bias", "floating", (5,)),
+                ("expert_scale", "floating", (5,)),
+            )
+        ),
+        ({"forced_ids": torch.zeros(3, 2, dtype=torch.uint16)}, r"forced_ids: .* got torch.uint16 \[3, 2\]\. See"),
+        ({"forced_ids": torch.zeros(3, 2).bool()}, r"forced_ids: expected an integer tensor \[3, 2\], got torch.bool"),
+        (
+            {"forced_weights": torch.zeros(3, 2).long()},
+            r"forced_weights: expected a floating tensor .* got torch.int64",
+        ),
         ({"forced_ids": torch.tensor([[0, 5]] * 3)}, r"forced_ids: expected ids from 0 to 4, got 0 to 5"),
         ({"forced_ids": torch.tensor([[0, -1]] * 3)}, r"forced_ids: expected ids from 0 to 4, got -1 to 0"),
         ({"forced_ids": torch.tensor([[2, 2]] * 3)}, r"forced_ids: expected distinct experts within a token"),
@@ -129,8 +184,9 @@ def test_what_is_asked_for_must_exist(options: dict[str, Any], message: str) -> 
     ],
 )
 def test_interventions_that_do_not_fit_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fused_moe(*problem(3, 12, 6, 5, 2).args, intervene=Intervene(**fields))
+    for impl in EVERY:
+        with pytest.raises(ValueError, match=message):
+            fused_moe(*problem(3, 12, 6, 5, 2).args, intervene=Intervene(**fields), impl=impl)
 
 
 def test_on_cpu_triton_is_refused_unless_it_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,6 +255,7 @@ class WorkbenchLM(TemplateLM):
             "model_source": self.model.source,
             "model_dtype": str(self.model.dtype).removeprefix("torch."),
             "moe_impl": self.model.moe_impl,
+            "moe_path": self.model.moe_path,
             "attn_impl": self.model.attn_impl,
             "effort": self.effort,
             "date": self.date,

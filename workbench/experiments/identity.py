@@ -35,6 +35,7 @@ def describe_model(model: Llama) -> dict[str, Any]:
             "device": str(model.device),
             "attn_impl": model.attn_impl,
             "moe_impl": model.moe_impl,
+            "moe_path": model.moe_path,
             "router_dtype": getattr(model, "router_dtype", None),
         },
         "interventions": describe_interventions(model),

@@ -28,8 +28,10 @@ class LayerPlan:
         self.edits, self.points = edits, _points(mlp)
         weight = mlp.router.weight
         self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        self.router = weight.dtype if mlp.router_dtype == "model" else self.dtype  # what weights are rounded to
         self.rounds = mlp.router_dtype == "model" and weight.dtype != self.dtype
         self._kept: dict[Any, dict[str, Tensor]] = {}
+        self._constants: dict[Lowered, dict[str, Tensor]] = {}  # an edit's own arguments, on the device
 
     @staticmethod
     def clear(mlp: Any) -> None:
@@ -88,13 +90,45 @@ class LayerPlan:
         if key in self._kept and not moves:
             return self._kept[key]
         with torch.inference_mode(False), torch.no_grad():
-            found = _composed(inside, batch_pos, self.device, self.dtype)
+            found = self._composed(inside, batch_pos)
             if key in self._kept:
                 for name, buffer in self._kept[key].items():
                     buffer.copy_(found[name])
             else:
                 self._kept = {**dict(list(self._kept.items())[-3:]), key: found}  # of a few shapes, not of all ever met
         return self._kept[key]
+
+    def _composed(self, inside: Sequence[Lowered], batch_pos: torch.Size) -> dict[str, Tensor]:
+        """One tensor for each argument, of all edits in their order; [token expert] where tokens differ.
+
+        Nothing comes from the host but in an edit's first pass: a graph could not capture it.
+        """
+        found: dict[str, Tensor] = {}
+        for edit in inside:
+            own = self._own(edit)
+            for name, value in own.items():
+                if name in _PER_TOKEN and not edit.everywhere:
+                    elsewhere = ~edit.applies(batch_pos, self.device).flatten()[:, None]  # [token 1]
+                    value = value.expand(batch_pos.numel(), -1).masked_fill(elsewhere, name == "keep_mask")
+                if name == "router_bias":
+                    found[name] = found.get(name, 0) + value
+                elif name == "keep_mask":
+                    found[name] = found.get(name, True) & value
+                elif name.startswith("forced"):
+                    found[name] = value.expand(batch_pos.numel(), -1)
+            if "expert_scale" in own:
+                _then(found, own)
+        dtypes = {"forced_weights": self.router}
+        floats = {n: value.to(dtypes.get(n, self.dtype)) for n, value in found.items() if value.is_floating_point()}
+        return {name: value.contiguous() for name, value in (found | floats).items()}
+
+    def _own(self, edit: Lowered) -> dict[str, Tensor]:
+        if edit not in self._constants:
+            self._constants[edit] = {
+                name: value.to(self.device, torch.float64 if value.is_floating_point() else value.dtype)
+                for name, value in edit.arguments.items()
+            }
+        return self._constants[edit]
 
 
 class _Ids:
@@ -146,34 +180,11 @@ def _heard(point: HookPoint) -> bool:
     return heard
 
 
-def _composed(
-    inside: Sequence[Lowered], batch_pos: torch.Size, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """One tensor for each argument, of all edits in their order; [token expert] where tokens differ."""
-    found: dict[str, Tensor] = {}
-    for edit in inside:
-        for name, value in edit.arguments.items():
-            value = value.to(device, torch.float64) if value.is_floating_point() else value.to(device)
-            if name in _PER_TOKEN and not edit.everywhere:
-                where = edit.applies(batch_pos, device).flatten()[:, None]  # [token 1]
-                value = torch.where(where, value, torch.tensor(name == "keep_mask", device=device).to(value))
-            if name == "router_bias":
-                found[name] = found.get(name, 0) + value
-            elif name == "keep_mask":
-                found[name] = found.get(name, True) & value
-            elif name.startswith("forced"):
-                found[name] = value.expand(batch_pos.numel(), -1)
-        if "expert_scale" in edit.arguments:
-            _then(found, edit.arguments, device)
-    floats = {name: value.to(dtype) for name, value in found.items() if value.is_floating_point()}
-    return {name: value.contiguous() for name, value in (found | floats).items()}
-
-
-def _then(found: dict[str, Tensor], arguments: dict[str, Tensor], device: torch.device) -> None:
+def _then(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     """scale · output + add, after what was found so far. Given weights are left: they are no output."""
-    scale, add = arguments["expert_scale"].to(device), arguments.get("expert_add")
+    scale, add = own["expert_scale"], own.get("expert_add")
     found["expert_scale"] = found["expert_scale"] * scale if "expert_scale" in found else scale
-    added = [] if add is None else [add.to(device)]
+    added = [] if add is None else [add]
     if "expert_add" in found:
         added.insert(0, found["expert_add"] * scale[:, None])
     if added:

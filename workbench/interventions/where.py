@@ -98,6 +98,7 @@ class Batch:
         self._tokens: Tensor | None = None
         self._segments: list[list[str]] | None = None
         self._masks: dict[Where, Tensor | None] = {}
+        self._constants: dict[tuple[Any, ...], Tensor] = {}
 
     @property
     def n_prompt(self) -> Tensor:  # int64 [batch]
@@ -169,16 +170,24 @@ class Batch:
             return None
         mask = self.valid.clone()  # [batch pos]
         if where.positions is not None:
-            wanted = torch.tensor(where.positions, dtype=torch.long, device=mask.device)
+            wanted = self._constant(where.positions, torch.long)
             absolute = torch.where(wanted < 0, wanted + self.n_prompt[:, None], wanted)  # [batch wanted]
             mask &= (self.positions[..., None] == absolute[:, None, :]).any(-1)
         if where.phase is not None:
             mask &= (self.positions >= self.n_prompt[:, None]) == (where.phase == "decode")
         if where.langs is not None:
-            mask &= torch.tensor(self._in_langs(where.langs), device=mask.device)[:, None]
+            mask &= self._constant(self._in_langs(where.langs), torch.bool)[:, None]
         if where.segments is not None:
             mask &= self._in_segments(where.segments)
         return mask
+
+    def _constant(self, values: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Where the sequences run, and sent there once: a pass that a graph is to capture may send nothing."""
+        key = (*values, dtype, self.valid.device)
+        if key not in self._constants:
+            with torch.inference_mode(False):
+                self._constants[key] = torch.tensor(values, dtype=dtype, device=self.valid.device)
+        return self._constants[key]
 
     def _prompt_lengths(self, batch: int) -> Tensor:  # int64 [batch]
         given = self.given_n_prompt

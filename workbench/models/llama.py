@@ -72,6 +72,15 @@ class Llama(HookedModel):
         """Which implementation computes the experts; None in a dense model."""
         return None
 
+    @property
+    def moe_path(self) -> str | None:
+        """Which of the Triton paths computes the experts, see `Qwen3Moe.moe_path`; None in a dense model."""
+        return None
+
+    @moe_path.setter
+    def moe_path(self, path: str) -> None:
+        raise ConfigError(f"moe_path: expected a mixture of experts, got {self.cfg.model_type!r}. It has no such path.")
+
     def forward(
         self,
         tokens: Tensor,  # [batch pos] integers; or the residual stream [batch pos d_model] with start_at_layer

@@ -41,6 +41,7 @@ class Moe(nn.Module):
     def __init__(self, cfg: Qwen3MoeConfig, moe_impl: str, router_dtype: str) -> None:
         super().__init__()
         self.cfg, self.moe_impl, self.router_dtype = cfg, moe_impl, router_dtype
+        self.path = "auto"  # of the Triton kernels, see Qwen3Moe.moe_path
         self.rows_per_expert: int | None = None  # see workbench.models.blocks
         self.router = Router(cfg)
         # gate rows first; both give way to a QuantizedWeight in a model with int8 or int4 experts
@@ -86,7 +87,7 @@ class Moe(nn.Module):
         numerics = "trained" if self.router_dtype == "float32" else "hf"
         weights = self.router.weight, expert_weight(self.gate_up), expert_weight(self.down)
         layer = plan_layer(
-            x.flatten(0, 1), *weights, self.cfg.k, self.cfg.norm_topk_prob, Need(), change, "auto", numerics
+            x.flatten(0, 1), *weights, self.cfg.k, self.cfg.norm_topk_prob, Need(), change, self.path, numerics
         )
         routed = stages.route(layer, taps)
         routed, tiles = stages.order(layer, routed)

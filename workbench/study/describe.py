@@ -53,6 +53,7 @@ def describe_model(model: Llama, tokenizer: Tokenizer) -> dict[str, Any]:
         "router_dtype": next(block.mlp.router_dtype for block in model.blocks if hasattr(block.mlp, "router_dtype")),
         "device": model.device.type,
         "moe_impl": model.moe_impl,
+        "moe_path": model.moe_path,
         "attn_impl": model.attn_impl,
     }
 

@@ -44,9 +44,10 @@ def fused_moe(
     input gives the same bits, run after run. Raises ValueError for arguments that do not fit; values on a GPU are not
     looked at, and a forced id that does not exist there gives its token NaN.
     """
-    need, change = Need.of(need), intervene or Intervene()
+    need, change = Need.of(need), Intervene() if intervene is None else intervene
     check_layer(x, router_weight, gate_up, down, k, path, numerics)
     check_intervene(change, x.shape[0], router_weight.shape[0], k, x.shape[1], x)
+    need = need.of_layer(router_weight.shape[0], x.shape[0], x.device)
     impl = choose_implementation(impl, x.device, x.dtype, gradients=False, weights=(gate_up, down))
     if impl != "triton":
         from workbench_kernels.fallback import fallback_moe

@@ -13,17 +13,25 @@ from workbench_kernels.quant import QuantizedExperts
 Weight = Tensor | QuantizedExperts
 _ARTICLE = {"bool": "a", "floating": "a", "integer": "an"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_layer(
     x: Tensor, router_weight: Tensor, gate_up: Weight, down: Weight, k: int, path: str, numerics: str
 ) -> None:
-    """Shapes, dtypes and devices of the layer itself. Raises ValueError naming what does not fit."""
-    if x.ndim != 2 or x.dtype not in DTYPES:
-        raise ValueError(
-            f"x: expected a floating tensor [T, d_model], got {x.dtype} {list(x.shape)}. Flatten it first."
-        )
+    """Types, shapes, dtypes and devices of the layer itself. Raises ValueError naming what does not fit."""
+    if not isinstance(x, Tensor) or x.ndim != 2 or x.dtype not in DTYPES:
+        raise ValueError(f"x: expected a floating tensor [T, d_model], got {_described(x)}. Flatten or convert it.")
     d_model = x.shape[1]
+    if not isinstance(router_weight, Tensor) or router_weight.dtype not in DTYPES:
+        raise ValueError(
+            f"router_weight: expected a floating tensor [E, {d_model}], got {_described(router_weight)}. Convert it."
+        )
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if not isinstance(weight, Weight):
+            raise ValueError(
+                f"{name}: expected a tensor or QuantizedExperts, got {_described(weight)}. Stack the experts into one."
+            )
     _shape("router_weight", router_weight.shape, ("E", d_model))
     n_experts = router_weight.shape[0]
     _shape("gate_up", gate_up.shape, (n_experts, "2·d_expert", d_model))
@@ -35,18 +43,28 @@ def check_layer(
             raise ValueError(f"{name}: expected {x.dtype} like x, got {weight.dtype}. Convert one of the two.")
     for name, tensor in (("router_weight", router_weight), ("gate_up", gate_up), ("down", down)):
         _same_device(name, tensor.device, x.device)
-    if not 1 <= k <= n_experts:
-        raise ValueError(f"k: expected 1 to {n_experts} (the number of experts), got {k}.")
-    if path not in ("auto", *PATHS):
-        raise ValueError(f"path: expected one of auto, {', '.join(PATHS)}, got {path!r}.")
-    if numerics not in NUMERICS:
-        raise ValueError(f"numerics: expected one of {', '.join(NUMERICS)}, got {numerics!r}.")
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n_experts:
+        raise ValueError(
+            f"k: expected 1 to {n_experts} (the number of experts), as an int, got {k!r}. "
+            "Give how many experts a token takes."
+        )
+    check_path(path)
+    if not isinstance(numerics, str) or numerics not in NUMERICS:
+        raise ValueError(f"numerics: expected one of {', '.join(NUMERICS)}, got {numerics!r}. Name one of them.")
+
+
+def check_path(path: str) -> None:
+    """Raises ValueError unless this is "auto" or one of the Triton paths."""
+    if not isinstance(path, str) or path not in ("auto", *PATHS):
+        raise ValueError(f"path: expected one of auto, {', '.join(PATHS)}, got {path!r}. Name one of them.")
 
 
 def check_intervene(intervene: Intervene, n_tokens: int, n_experts: int, k: int, d_model: int, like: Tensor) -> None:
-    """Shapes, dtypes, devices, and on CPU the values, of every field that is set. Raises ValueError."""
+    """Types, shapes, dtypes, devices, and on CPU the values, of every field that is set. Raises ValueError."""
     if not isinstance(intervene, Intervene):
-        raise ValueError(f"intervene: expected an Intervene, got {type(intervene).__name__}. Write Intervene(...).")
+        raise ValueError(
+            f"intervene: expected an Intervene or None, got {_described(intervene)}. Write intervene=Intervene(...)."
+        )
     per_expert, per_token = (n_experts,), (n_tokens, n_experts)
     expected: dict[str, tuple[str, Sequence[tuple[int, ...]]]] = {
         "router_bias": ("floating", (per_expert, per_token)),
@@ -63,8 +81,9 @@ def check_intervene(intervene: Intervene, n_tokens: int, n_experts: int, k: int,
         kind, shapes = expected[name]
         if not isinstance(tensor, Tensor) or _kind(tensor.dtype) != kind or tuple(tensor.shape) not in shapes:
             wanted = " or ".join(str(list(shape)) for shape in shapes)
-            got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name}: expected {_ARTICLE[kind]} {kind} tensor {wanted}, got {got}.")
+            raise ValueError(
+                f"{name}: expected {_ARTICLE[kind]} {kind} tensor {wanted}, got {_described(tensor)}. See Intervene."
+            )
         _same_device(name, tensor.device, like.device)
     if (intervene.replace_experts is None) != (intervene.replace_rows is None):
         raise ValueError("replace_experts, replace_rows: expected both or neither, got one. They act together.")
@@ -103,6 +122,11 @@ def _same_device(name: str, device: torch.device, expected: torch.device) -> Non
 
 
 def _kind(dtype: torch.dtype) -> str:
+    """What the layer can compute with; of complex, float8 and unsigned words it has none."""
     if dtype == torch.bool:
         return "bool"
-    return "floating" if dtype.is_floating_point else "integer"
+    return "floating" if dtype in DTYPES else "integer" if dtype in _INTEGERS else "other"
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

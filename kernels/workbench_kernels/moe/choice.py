@@ -25,15 +25,15 @@ def choose_implementation(
     "auto" is grouped_mm for bfloat16 on CUDA, if it can multiply `weights` (gate_up and down, where they are known),
     and sorted elsewhere; where no gradients are wanted (`fused_moe`), it is triton on CUDA devices from sm_80 on.
     """
-    if impl == "auto":
+    if isinstance(impl, str) and impl == "auto":
         if not gradients and device.type == "cuda" and not triton_obstacle(device, dtype):
             return "triton"
         grouped = device.type == "cuda" and dtype == torch.bfloat16 and all(map(_grouped_mm_takes, weights))
         return "grouped_mm" if grouped else "sorted"
-    if impl not in CHOICES:
-        raise ValueError(f"moe_impl: expected one of auto, {', '.join(CHOICES)}, got {impl!r}.")
+    if not isinstance(impl, str) or impl not in CHOICES:
+        raise ValueError(f"moe_impl: expected one of auto, {', '.join(CHOICES)}, got {impl!r}. Name one of them.")
     if impl == "grouped_mm" and dtype == torch.float64:
-        raise ValueError("moe_impl: expected sorted or reference for a float64 model, got 'grouped_mm'.")
+        raise ValueError("moe_impl: expected sorted or reference for a float64 model, got 'grouped_mm'. Choose one.")
     if impl == "triton" and (obstacle := triton_obstacle(device, dtype)):
         raise ValueError(f"moe_impl: expected one that runs here (sorted, reference), got 'triton'. {obstacle}")
     return impl

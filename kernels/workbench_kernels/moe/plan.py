@@ -23,7 +23,7 @@ follows do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -53,14 +53,25 @@ class Need:
 
     @classmethod
     def of(cls, need: Need | Sequence[str] | None) -> Need:
-        """A tuple of names is short for a Need. Raises ValueError for unknown names and for a bare string."""
-        if isinstance(need, str):
-            raise ValueError(f"need: expected a tuple of names, got {need!r}. Write need=({need!r},).")
-        need = need if isinstance(need, Need) else cls(tuple(need or ()))
-        unknown = [name for name in need.names if name not in NEEDS]
+        """A tuple of names is short for a Need. Raises ValueError for unknown names and for what holds no names."""
+        given = need.names if isinstance(need, Need) else () if need is None else need
+        if isinstance(given, str):
+            raise ValueError(f"need: expected a tuple of names, got {given!r}. Write need=({given!r},).")
+        if not isinstance(given, Sequence | Set):
+            raise ValueError(
+                f"need: expected a tuple of names or a Need, got {type(given).__name__}. Write need=('margin',)."
+            )
+        unknown = [name for name in given if name not in NEEDS]
         if unknown:
-            raise ValueError(f"need: expected names among {', '.join(NEEDS)}, got {', '.join(map(repr, unknown))}.")
-        return replace(need, names=tuple(need.names))
+            raise ValueError(
+                f"need: expected names among {', '.join(NEEDS)}, got {', '.join(map(repr, unknown))}. Ask for those."
+            )
+        return replace(need, names=tuple(given)) if isinstance(need, Need) else cls(tuple(given))
+
+    def of_layer(self, n_experts: int, n_tokens: int, device: torch.device) -> Need:
+        """With masks in place of ids. Raises ValueError for experts and tokens that this layer has not."""
+        masks = self.expert_mask(n_experts, device), self.token_mask(n_tokens, device)
+        return Need(self.names, *masks)
 
     @property
     def restricted(self) -> bool:
@@ -122,14 +133,27 @@ class Routing:
 def _mask(name: str, chosen: Tensor | Sequence[int] | None, size: int, device: torch.device) -> Tensor | None:
     if chosen is None:
         return None
-    none = torch.empty(0, dtype=torch.int64)
-    ids = chosen if isinstance(chosen, Tensor) else torch.tensor(list(chosen)) if len(chosen) else none
+    ids = _as_tensor(name, chosen)
     if ids.dtype == torch.bool:
         if ids.shape != (size,):
-            raise ValueError(f"{name}: expected ids or a mask [{size}], got a mask {list(ids.shape)}.")
+            raise ValueError(
+                f"{name}: expected ids or a mask [{size}], got a mask {list(ids.shape)}. Give each a bool."
+            )
         return ids.to(device)
-    if ids.ndim != 1 or ids.dtype.is_floating_point:
-        raise ValueError(f"{name}: expected ids in one dimension, got {ids.dtype} {list(ids.shape)}.")
+    if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype.is_complex:
+        raise ValueError(f"{name}: expected ids in one dimension, got {ids.dtype} {list(ids.shape)}. Give integers.")
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-        raise ValueError(f"{name}: expected ids from 0 to {size - 1}, got {int(ids.min())} to {int(ids.max())}.")
+        raise ValueError(
+            f"{name}: expected ids from 0 to {size - 1}, got {int(ids.min())} to {int(ids.max())}. Leave others out."
+        )
     return torch.zeros(size, dtype=torch.bool, device=device).index_fill_(0, ids.to(device, torch.int64), True)
+
+
+def _as_tensor(name: str, chosen: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(chosen, Tensor):
+        return chosen
+    try:
+        ids = torch.tensor(list(chosen))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected ids or a mask, got {chosen!r}. Give a list of integers.") from None
+    return ids if len(ids) else ids.long()  # an empty list is float32 to torch

@@ -6,12 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import QWEN3_MOE
+from conftest import LLAMA, QWEN3_MOE
 from torch import Tensor
 
-from workbench.errors import HookError
+from workbench.errors import ConfigError, HookError
+from workbench.experiments.identity import describe_model
 from workbench.hooks import HookPoint
 from workbench.models import Qwen3Moe, build_model, generate, init_weights
+from workbench_kernels.moe import stages
+from workbench_kernels.moe.plan import PATHS
 
 MLP = "blocks.0.mlp.hook_"
 POINTS = (
@@ -123,6 +126,47 @@ def test_the_load_is_the_one_that_the_kernels_counted(monkeypatch: pytest.Monkey
         _, cache = model("triton").run_with_cache(tokens, names_filter=[MLP + "expert_load", MLP + "expert_ids"])
         counts = torch.bincount(cache[MLP + "expert_ids"].flatten(), minlength=8)
         assert torch.allclose(cache[MLP + "expert_load"], counts / counts.sum())
+
+
+@torch.no_grad()
+def test_under_a_pinned_path_a_token_has_the_same_bits_alone_and_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16: numpy's float32 product, which the interpreter takes, adds in an order that depends on the row."""
+    ran: set[str] = set()
+    experts = stages.experts
+    monkeypatch.setattr(stages, "experts", lambda layer, *rest: (ran.add(layer.path), experts(layer, *rest))[1])
+    triton = model("triton", torch.bfloat16)
+    layer, x = triton.blocks[0].mlp, torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(5)).bfloat16()
+
+    def alone_and_in_company() -> tuple[Tensor, Tensor]:
+        ran.clear()
+        rows = [layer(x[b : b + 1, pos : pos + 1], None)[0, 0] for b in range(2) for pos in range(7)]
+        return torch.stack(rows).view_as(x), layer(x, None)
+
+    for path in PATHS:
+        triton.moe_path = path
+        alone, together = alone_and_in_company()
+        assert ran == {path}
+        assert torch.equal(alone, together), path
+    triton.moe_path = "auto"
+    alone_and_in_company()
+    assert ran == {"decode", "skinny"}
+
+
+def test_the_path_is_checked_and_told() -> None:
+    triton, plain = model("triton"), model("sorted")
+    assert (triton.moe_path, plain.moe_path) == ("auto", "auto")
+    triton.moe_path = "skinny"
+    assert describe_model(triton)["runs"]["moe_path"] == triton.moe_path == "skinny"
+    for wrong in ("fast", None):
+        with pytest.raises(ConfigError, match=r"moe_path: expected one of auto, decode, skinny, tile, got .*Name one"):
+            triton.moe_path = wrong
+    assert triton.moe_path == triton.blocks[0].mlp.path == "skinny"
+    with pytest.raises(ConfigError, match=r"moe_path: expected auto with moe_impl 'sorted', got 'tile'\. Paths are"):
+        plain.moe_path = "tile"
+    dense = build_model(LLAMA, device="meta")
+    assert dense.moe_path is None
+    with pytest.raises(ConfigError, match=r"moe_path: expected a mixture of experts, got 'llama'"):
+        dense.moe_path = "tile"
 
 
 def test_generation() -> None:

@@ -131,7 +131,7 @@ def test_the_command_makes_a_page_without_requests(tmp_path: Path, capsys: pytes
     assert "http://" not in page.split("<script>")[0]
     assert str(tmp_path) not in page
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["runs"]["moe_impl"] == "sorted"
+    assert (manifest["runs"]["moe_impl"], manifest["runs"]["moe_path"]) == ("sorted", "auto")
     assert {"lm_eval", "torch"} <= set(manifest["software"])
     assert len(manifest["model"]["weights"]) >= 16
     assert len(manifest["tasks"]) == len(manifest["task_names"]) == 4

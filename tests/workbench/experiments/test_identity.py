@@ -121,7 +121,7 @@ def test_tracing_tells_metrics_masks_and_weights_apart(moe: Qwen3Moe, tokens: Te
                               attention_mask=mask, out=tmp_path, progress=False)  # fmt: skip
 
     first = run()
-    assert set(first.settings["runs"]) == {"dtype", "device", "attn_impl", "moe_impl", "router_dtype"}
+    assert set(first.settings["runs"]) == {"dtype", "device", "attn_impl", "moe_impl", "moe_path", "router_dtype"}
     with pytest.raises(RunError, match=r"settings\.metric_arguments\.correct"):
         run(logit_difference(41, 50))
     mask = torch.ones_like(tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from closeness import assert_near
 from conftest import QWEN3_MOE
 from recorded import frozen
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.hooks import HookPoint
 from workbench.interventions import (
@@ -219,6 +221,76 @@ def test_arguments_stay_where_they_are_and_change_in_place(moe: Qwen3Moe, tokens
         assert len(plan._kept) <= 4
 
 
+class _Cache:
+    """What a batch asks of a cache: to be told from others, and which sequence a row continues."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, _Cache] = {}
+
+    def of_row(self, row: int) -> _Cache:
+        return self.rows.setdefault(row, _Cache())
+
+
+class _Sent(TorchDispatchMode):
+    """Counts copies of tensors on the host to the device, which is "meta" here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        arrives = isinstance(out, Tensor) and out.device.type == "meta"
+        self.n += arrives and any(tensor.device.type != "meta" for tensor in tensors)
+        return out
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_decode_pass_sends_nothing_to_the_device_after_the_first(
+    per_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limited to positions, phases and languages as well as everywhere."""
+    model, make = build_model(QWEN3_MOE, device="meta", moe_impl="sorted"), torch.tensor
+    limited = [
+        BiasRouter(bias=BIAS, where=SOME),
+        KnockOut(experts=(0,), mode="reroute", where=Where(phase="decode", langs=("ja",))),
+        KnockOut(experts=(1,), mode="reroute", where=Where(positions=(8, 9))),
+    ]
+    items = [*limited, *EVERYTHING[1:3], *EVERYTHING[4:]]
+    rows = [Interventions(items, langs=["ja"]), Interventions(items[:-1], langs=["en"])]
+    attached = PerRow(rows) if per_row else Interventions(items, langs=["ja", "en"])
+    cache, sent = _Cache(), []
+
+    def settle(positions: range) -> dict[str, Tensor]:
+        counted = _Sent()
+
+        def count(*args: Any, **kwargs: Any) -> Tensor:
+            counted.n += 1
+            return make(*args, **kwargs)
+
+        where = make([list(positions)] * 2).to("meta")
+        with monkeypatch.context() as patch, counted:
+            patch.setattr(torch, "tensor", count)
+            for batch in model.batches:
+                batch.begin(None, where, None, positions.start > 0, cache)
+            change = model.blocks[0].mlp.plan.settle(where.shape)
+        sent.append(counted.n)
+        return {name: getattr(change, name) for name in change.active}
+
+    with torch.no_grad(), model.intervene(attached):
+        settle(range(7))
+        buffers = settle(range(7, 8))
+        for position in (8, 9):
+            again = settle(range(position, position + 1))
+            assert all(again[name] is buffers[name] for name in buffers)
+        outside = {row.kind for row in model.intervention_table() if row.ran != "kernel"}
+    assert set(buffers) >= {"router_bias", "keep_mask"}
+    assert per_row or not outside, "all of it in the kernels"
+    assert sent[0] > 0
+    assert sent[2:] == [0, 0]
+
+
 def test_gradients_after_a_pass_in_inference_mode(moe: Qwen3Moe, tokens: Tensor) -> None:
     items = Interventions([BiasRouter(bias=BIAS, where=SOME), KnockOut(experts=(0,), mode="drop"), *EVERYTHING[6:]])
 
@@ -242,3 +314,7 @@ def test_half_precision_agrees_to_its_rounding(tokens: Tensor, monkeypatch: pyte
             assert ran == ["hook" if rounds else "kernel"], item
             expected = as_hooks(monkeypatch, lambda item=item, m=model: how(m, tokens, item))  # type: ignore[arg-type]
             assert ((logits - expected).float().norm() / expected.float().norm()) < 0.03, item
+        with model.intervene(GIVEN):
+            model(tokens)
+            forced = model.blocks[0].mlp.plan.settle(tokens.shape).forced_weights
+        assert forced.dtype == (torch.float32 if router_dtype == "float32" else torch.bfloat16), "as the router rounds"

@@ -69,7 +69,7 @@ def test_load_counted_while_running_is_that_of_the_frames(finished_run: Run) -> 
 
 def test_the_manifest_says_what_ran(finished_run: Run, small: Llama) -> None:
     model, settings = finished_run.manifest["model"], finished_run.manifest["settings"]
-    assert model["moe_impl"] == small.moe_impl
+    assert (model["moe_impl"], model["moe_path"]) == (small.moe_impl, "auto")
     assert (model["dtype"], model["router_dtype"], model["attn_impl"]) == ("float32", "float32", "sdpa")
     assert model["tokenizer_hash"] == small.tokenizer.hash
     assert model["stop_ids"] == list(small.stop_ids)
