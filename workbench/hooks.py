@@ -154,7 +154,9 @@ class ActivationCache(dict[str, Tensor]):
                 raise HookError(f"{unknown_name(key, self, 'cached activation')} Points with a cost need names_filter.")
             return super().__getitem__(key)
         leaf, layer = key
-        if isinstance(layer, int) and layer < 0:  # a cache may hold some layers only, so that "the last one" has no meaning
+        if (
+            isinstance(layer, int) and layer < 0
+        ):  # a cache may hold some layers only, so that "the last one" has no meaning
             raise HookError(f"layer: expected one from 0 on, got {layer}. Use model.cfg.n_layers - {-layer}.")
         names = [name for name in _leaf_names(leaf, layer) if name in self]
         if len(names) > 1:

@@ -58,7 +58,7 @@ class Interventions(Attachable):
         if not isinstance(self.items, Sequence):
             raise InterventionError(f"interventions: expected a list of them, got {type(self.items).__name__}.")
         if isinstance(self.items, str):
-            raise InterventionError(f"interventions: expected values, got {self.items!r}. Use Interventions.load(FILE).")
+            raise InterventionError(f"interventions: expected values, got {self.items!r}. Use Interventions.load.")
         for item in self.items:
             if not isinstance(item, Intervention):
                 raise InterventionError(f"interventions: expected values such as KnockOut(...), got {item!r}.")

@@ -161,7 +161,11 @@ def test_linear_rope_stretches_positions() -> None:
     [
         (torch.tensor([[1, 60]]), None, "tokens: expected ids from 0 to 59, got 1 to 60"),
         (torch.tensor([[-1, 3]]), None, "tokens: expected ids from 0 to 59, got -1 to 3"),
-        (torch.tensor([1, 2]), None, r"tokens: expected integers \[batch pos\], int64 or int32, got \(2,\).*tokens\[None\]"),
+        (
+            torch.tensor([1, 2]),
+            None,
+            r"tokens: expected integers \[batch pos\], int64 or int32, got \(2,\).*tokens\[None\]",
+        ),
         (torch.tensor([[1.0]]), None, "tokens: expected integers"),
         ([[1, 2]], None, r"tokens: expected a tensor \[batch pos\], got list"),
         (torch.ones(1, 0).long(), None, "tokens: expected integers"),
