@@ -95,10 +95,10 @@ def calibrate(arguments: argparse.Namespace) -> None:
 
 def params(arguments: argparse.Namespace) -> None:
     """Print a model's parameter table."""
-    from workbench.family import family_member, params_table
+    from workbench.family import params_table
+    from workbench.memory import config_of
 
-    member = family_member(arguments.name)
-    print(params_table(arguments.name, member.config))
+    print(params_table(arguments.name, config_of(arguments.name)))
 
 
 def memory(arguments: argparse.Namespace) -> None:
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_seed(rebuild)
     rebuild.set_defaults(run=report)
     _add_calibrate(commands.add_parser("calibrate", help="score the statistics on models with planted experts"))
-    table = commands.add_parser("params", help="print the parameter table of a released model")
+    table = commands.add_parser("params", help="print the parameter table of a model")
     table.add_argument("name", metavar="NAME")
     table.set_defaults(run=params)
     _add_memory(commands.add_parser("memory", help="what a long generation needs: weights, cache, records"))

@@ -8,6 +8,7 @@ import pytest
 
 from workbench import cli
 from workbench.io.runs import Run
+from workbench.memory import config_of
 
 
 def test_study_and_report_on_a_checkpoint(
@@ -42,6 +43,11 @@ def test_params_prints_the_published_counts(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert "32,139,028,992" in printed
     assert "3,827,476,992" in printed
+
+
+def test_params_takes_bundled_models_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["params", "nano-moe-thinking"]) == 0
+    assert f"{config_of('nano-moe-thinking').n_params:,}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

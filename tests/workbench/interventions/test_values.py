@@ -201,5 +201,5 @@ def test_heads_of_a_patch_are_heads(moe: Qwen3Moe, tokens: Tensor) -> None:
 
 
 def test_the_name_of_a_file_is_no_list_of_interventions() -> None:
-    with pytest.raises(InterventionError, match=r"got 'change.json'. Use Interventions.load\(FILE\)"):
+    with pytest.raises(InterventionError, match=r"got 'change.json'. Use Interventions.load"):
         Interventions("change.json")  # type: ignore[arg-type]
