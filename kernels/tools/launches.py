@@ -60,6 +60,7 @@ OPTIONS = {
     "hf": Options(numerics="hf"),
     "hf tapped": Options(numerics="hf", tapped=True),
     "hf everything": Options(needs=True, selected=True, changed=True, numerics="hf"),
+    "hf mixed": Options(needs=True, selected=True, changed=True, numerics="hf", mixed=True),
 }
 
 
@@ -142,7 +143,8 @@ def layer_launches(
         router = torch.empty(e, d, dtype=torch.float32 if options.mixed else dtype)
         gate_up = _weight((e, 2 * f, d), dtype, bits, group)
         down = _weight((e, d, f), dtype, bits, 64)  # 128 does not divide d_expert
-        change = _changes(n_tokens) if options.changed else Intervene()
+        narrow = options.numerics == "hf" and not options.mixed  # transformers' weights have its router's dtype
+        change = _changes(n_tokens, dtype if narrow else torch.float32) if options.changed else Intervene()
         masks = [torch.empty(size, dtype=torch.bool) for size in (e, n_tokens)] if options.selected else ()
         need = Need(NEEDS, *masks) if options.needs else Need()
         layer = plan_layer(
@@ -164,7 +166,7 @@ def _weight(shape: tuple[int, int, int], dtype: torch.dtype, bits: int, group: i
     return QuantizedExperts(values, scales, bits, group, shape, dtype)
 
 
-def _changes(n_tokens: int) -> Intervene:
+def _changes(n_tokens: int, weights: torch.dtype) -> Intervene:
     d, _, e, k = SHAPE.values()
     return Intervene(
         router_bias=torch.empty(n_tokens, e),
@@ -172,7 +174,7 @@ def _changes(n_tokens: int) -> Intervene:
         expert_scale=torch.empty(e),
         expert_add=torch.empty(e, d),
         forced_ids=torch.empty(n_tokens, k, dtype=torch.int64),
-        forced_weights=torch.empty(n_tokens, k),
+        forced_weights=torch.empty(n_tokens, k, dtype=weights),
         replace_experts=torch.empty(e, dtype=torch.bool),
         replace_rows=torch.empty(n_tokens, k, d, dtype=torch.bfloat16),
     )

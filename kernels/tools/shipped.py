@@ -15,7 +15,7 @@ from workbench_kernels.moe.blocks import SAFE, safe_blocks
 DTYPES, BITS = ("bfloat16", "float16", "float32"), (16, 8, 4)
 # int4 beside float32 activations is left out: no table has it, and the safe sizes spill there, as README.md says
 FORMATS = tuple(f"{dtype}/{bits}" for dtype in DTYPES for bits in BITS if (dtype, bits) != ("float32", 4))
-HEAVIEST = ("plain", "everything", "hf everything", "tapped")  # what lies between takes parts of these
+HEAVIEST = ("plain", "everything", "hf everything", "hf mixed", "tapped")  # what lies between takes parts of these
 _TOKENS = (1, 5, 2048)  # beside a bucket's own: one program for all tokens, several, several steps of the sort each
 
 Buckets = dict[str, dict[str, Any]]

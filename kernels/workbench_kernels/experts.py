@@ -109,12 +109,12 @@ def routed_experts(
     `taps` see, and may replace, the routed activations in slot order [T, K, ...]: `expert_pre` and
     `expert_pre_linear` (gate and up projections), `expert_post` (their product after silu), `expert_out` (before
     weighting). A tap that returns its argument changes no bit. Weights of higher precision than x make the weighted
-    sum in that precision; the result has x's dtype. numerics "hf" rounds as transformers' grouped_mm does: products
-    in x's dtype only, weighted before they are added. `rows_per_expert` fills every expert that was hit up to a
-    multiple of so many rows: with that of T, which no expert exceeds, a token's bits do not depend on what the others
-    chose.
-    Differentiable in every floating argument. Raises ValueError for
-    quantised experts, and for rows that are no multiple of 16 bytes, with grouped_mm.
+    sum in that precision; the result has x's dtype. numerics "hf" rounds as transformers' grouped_mm does: matrix
+    products in x's dtype only, and each weighted output, in the wider precision of the two, before they are added.
+    `rows_per_expert` fills every expert that was hit up to a multiple of so many rows: with that of T, which no expert
+    exceeds, a token's bits do not depend on what the others chose.
+    Differentiable in every floating argument. Raises ValueError for quantised experts, and for rows that are no
+    multiple of 16 bytes, with grouped_mm.
     """
     taps, as_transformers = taps or {}, numerics == "hf"
     groups = Groups.of(expert_ids, gate_up.shape[0], impl, as_transformers, rows_per_expert)
@@ -148,9 +148,7 @@ def _mix(
 ) -> Tensor:  # [N, D], [T, K], [T, K]
     """[T, D]: the weighted sum of each token's rows, which lie at `places`, in the wider of the two precisions."""
     wide = torch.promote_types(rows.dtype, weights.dtype)
-    if as_transformers:
-        return (rows[places] * weights.unsqueeze(-1)).to(rows.dtype).sum(dim=1)
-    if weights.device.type != "cpu" or wide not in (torch.float32, torch.float64):
+    if as_transformers or weights.device.type != "cpu" or wide not in (torch.float32, torch.float64):
         return (rows[places] * weights.unsqueeze(-1)).sum(dim=1)
     if lone:
         return weights.to(wide) @ rows.to(wide)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench_kernels.experts import Tap, Weight, routed_experts
-from workbench_kernels.moe.plan import ROUTED, Intervene, Need, Routing
+from workbench_kernels.moe.plan import ROUTED, Intervene, Need, Routing, hf_router_dtype
 from workbench_kernels.quant import QuantizedExperts
 
 _LANES = 16  # float32 values in the widest vector register
@@ -33,14 +33,15 @@ def fallback_moe(
 ) -> tuple[Tensor, Routing]:
     """y [T, D] and the Routing, by `sorted`, `grouped_mm` or `reference`; what `fused_moe` calls for these three.
 
-    Arguments are taken as checked. numerics "hf" rounds where transformers does: logits, weights and products in x's
-    dtype. A float64 layer is float64 throughout. What was not asked for is neither kept nor computed.
+    Arguments are taken as checked. numerics "hf" rounds where transformers does: logits and weights to the dtype of the
+    router's weight, forced weights nowhere, products to the wider dtype of weights and outputs. A float64 layer is
+    float64 throughout. What was not asked for is neither kept nor computed.
     """
     need, change = need or Need(), intervene or Intervene()
     if impl != "grouped_mm" and (isinstance(gate_up, QuantizedExperts) or isinstance(down, QuantizedExperts)):
         _say_dequantised(impl)
     wide = torch.promote_types(x.dtype, torch.float32)
-    routed_in = x.dtype if numerics == "hf" else wide
+    routed_in = hf_router_dtype(x, router_weight) if numerics == "hf" else wide
     logits = router_logits(x.to(routed_in), router_weight.to(routed_in), numerics).to(wide)  # [T, E]
     ranked = _changed_logits(logits, change)  # [T, E]
     probs = ranked.softmax(-1)  # [T, E]
@@ -48,8 +49,9 @@ def fallback_moe(
     if change.forced_ids is not None:
         ids = change.forced_ids.long()
     weights = _weights(probs, ids, norm_topk_prob, change.forced_weights)  # [T, K]
-    if numerics == "hf" and change.forced_weights is None:  # forced ones are used as they are
-        weights = weights.to(x.dtype)
+    if numerics == "hf":
+        own = routed_in if change.forced_weights is None else change.forced_weights.dtype
+        weights = weights.to(wide if own == torch.float64 else own)
 
     found: dict[str, Tensor] = {}
     taps = {name: _Take(name, found, ids, need, router_weight.shape[0]) for name in ROUTED if name in need.names}

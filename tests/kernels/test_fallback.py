@@ -204,14 +204,39 @@ def test_weights_whose_sum_is_below_the_normal_numbers_still_sum_to_one(impl: st
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_forced_weights_are_used_as_they_are_in_hf_numerics(impl: str) -> None:
-    """Only their products with the outputs are rounded, as on the Triton path."""
+    """Their products with the outputs are in the wider dtype of the two, as in transformers."""
     args, exact = layer(5, dtype=torch.bfloat16), torch.full((5, K), 1 / 3)
     y, routing = fused_moe(
         *args, K, impl=impl, numerics="hf", need=("expert_out",), intervene=Intervene(forced_weights=exact)
     )
     assert torch.equal(routing.routing_weights, exact)
-    products = (routing.expert_out.float() * exact.unsqueeze(-1)).bfloat16().float()
-    assert torch.equal(y, products.sum(1).bfloat16())
+    assert torch.equal(y, (routing.expert_out.float() * exact.unsqueeze(-1)).sum(1).bfloat16())
+    short = exact.bfloat16()
+    y, routing = fused_moe(
+        *args, K, impl=impl, numerics="hf", need=("expert_out",), intervene=Intervene(forced_weights=short)
+    )
+    assert torch.equal(y, (routing.expert_out * short.unsqueeze(-1)).sum(1))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("router", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_hf_numerics_the_router_computes_in_its_own_dtype(
+    impl: str, router: torch.dtype, dtype: torch.dtype
+) -> None:
+    x, weight, *experts = layer(33, dtype=dtype)
+    weight = (weight.float() * 1.001).to(router)
+    own = torch.float32 if router == torch.float64 else router  # float64 is for float64 layers
+    logits = torch.nn.functional.linear(x.to(own), weight.to(own))
+    probs = logits.softmax(-1, dtype=torch.float32)
+    order = probs.sort(dim=-1, descending=True, stable=True).indices[:, :K]
+    weights = probs.gather(-1, order)
+    weights = (weights / weights.sum(-1, keepdim=True)).to(own)
+    y, routing = fused_moe(x, weight, *experts, K, impl=impl, numerics="hf", need=("expert_out",))
+    assert torch.equal(routing.router_logits, logits.float())
+    assert torch.equal(routing.expert_ids, order)
+    assert torch.equal(routing.routing_weights, weights.float())
+    assert torch.equal(y, (routing.expert_out * weights.unsqueeze(-1)).sum(1).to(dtype))
 
 
 @pytest.mark.parametrize("e", [2, 5, 9, 15, 17, 60, 65, 128])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.moe.checks import Weight
-from workbench_kernels.moe.plan import Intervene, Need
+from workbench_kernels.moe.plan import Intervene, Need, hf_router_dtype
 from workbench_kernels.tables import Blocks
 
 
@@ -48,6 +48,22 @@ class Layer:
     def rounds(self) -> bool:
         """Whether hf numerics round anything: to float32 nothing is, so it runs the same kernels."""
         return self.hf and self.x.dtype != torch.float32
+
+    @property
+    def router_dtype(self) -> torch.dtype:
+        """To which logits and weights are rounded."""
+        return hf_router_dtype(self.x, self.router_weight) if self.hf else torch.float32
+
+    @property
+    def rounds_products(self) -> bool:
+        """Whether weight · output is rounded: transformers has it in the wider dtype of the two."""
+        forced = self.change.forced_weights
+        weights = self.router_dtype if forced is None else forced.dtype
+        return self.rounds and torch.promote_types(self.x.dtype, weights) == self.x.dtype
+
+    @property
+    def changes_outputs(self) -> bool:
+        return bool({"expert_scale", "expert_add", "replace_experts"} & set(self.change.active))
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.x.dtype, device=self.x.device)

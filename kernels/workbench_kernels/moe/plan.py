@@ -130,6 +130,15 @@ class Routing:
     expert_out: Tensor | None = None
 
 
+def hf_router_dtype(x: Tensor, router_weight: Tensor) -> torch.dtype:
+    """Of logits and weights in hf numerics: that of the router's weight, in which transformers multiplies.
+
+    float64 is left to float64 layers.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return wide if router_weight.dtype == torch.float64 else router_weight.dtype
+
+
 def _mask(name: str, chosen: Tensor | Sequence[int] | None, size: int, device: torch.device) -> Tensor | None:
     if chosen is None:
         return None

@@ -39,12 +39,13 @@ def route(layer: Layer, taps: Taps | None = None) -> Routed:
     """Router logits to experts and weights. A tap costs one more small launch: what follows it is chosen again."""
     taps = taps or {}
     sizes = layer.blocks["router"]
-    bk = sizes["bk"] // 2 if torch.float32 in (layer.x.dtype, layer.router_weight.dtype) else sizes["bk"]
+    x = layer.x if layer.router_dtype == torch.float32 else layer.x.to(layer.router_dtype)  # a kernel widens, no more
+    bk = sizes["bk"] // 2 if torch.float32 in (x.dtype, layer.router_weight.dtype) else sizes["bk"]
     splits = min(sizes["splits"], triton.cdiv(layer.d_model, bk))
     span = triton.cdiv(triton.cdiv(layer.d_model, splits), bk) * bk
     partial = layer.new(splits, layer.n_tokens, layer.n_experts, dtype=torch.float32)
     router.router_partial_kernel[(triton.cdiv(layer.n_tokens, sizes["bt"]), splits)](
-        layer.x, layer.router_weight, partial, layer.n_tokens, layer.d_model, layer.n_experts, layer.x.stride(0),
+        x, layer.router_weight, partial, layer.n_tokens, layer.d_model, layer.n_experts, x.stride(0),
         BT=sizes["bt"], BE=_power(layer.n_experts), BK=bk, SPAN=span,
         num_warps=sizes["warps"], num_stages=sizes["stages"],
     )  # fmt: skip
@@ -82,7 +83,7 @@ def _choose(layer: Layer, source: Tensor, splits: int, probs: bool = False, ids:
         clean, asked, margin, chosen, weights, load, t, e, _row_stride(bias), _row_stride(keep),
         SPLITS=splits, K=layer.k, BK=triton.next_power_of_2(layer.k), BT=bt, BE=_power(e), FULL=layer.k == e,
         FROM_PROBS=splits == 0, NORM=layer.norm_topk_prob,
-        ROUND_TO=_TL[layer.x.dtype] if layer.rounds else triton.language.float32, num_warps=4,
+        ROUND_TO=_TL.get(layer.router_dtype, triton.language.float32), num_warps=4,
     )  # fmt: skip
     return Routed(source if clean is None else clean, chosen, weights, load, asked, margin)
 
@@ -133,7 +134,9 @@ def experts(
         hidden = taps["expert_post"](hidden).contiguous()
 
     shape = (layer.n_tokens, layer.k, layer.d_model)
-    fused = tiles is None and "expert_out" not in taps
+    # a kernel that mixes rounds outputs, before they are changed, and products, or neither
+    apart = layer.changes_outputs and layer.rounds != layer.rounds_products
+    fused = tiles is None and "expert_out" not in taps and not apart
     whole = "expert_out" in layer.need.names and not layer.need.restricted
     out = kept.copy("expert_out", shape)
     y = None if fused and not whole else layer.new(*shape)
@@ -201,6 +204,8 @@ def _down(
     stores = (y, kept, *map(_dense, changes), *masks)
     if tiles is None:
         common.pop("TMA")
+        if mixed is not None:  # then whatever else is rounded is so by being stored
+            common["ROUND"] = layer.rounds_products
         decode.decode_down_kernel[(layer.n_tokens * triton.cdiv(d, sizes["bn"]),)](
             hidden, weight, scales, *stores, routed.ids, routed.weights, mixed, d, f, **common
         )
@@ -216,7 +221,7 @@ def _combine(layer: Layer, routed: Routed, y: Tensor | None, mixed: Tensor) -> N
     sizes, d = layer.blocks["combine"], layer.d_model
     bd = min(sizes["bd"], triton.next_power_of_2(d))
     combine.combine_kernel[(layer.n_tokens * triton.cdiv(d, bd),)](
-        y, routed.weights, mixed, d, K=layer.k, BD=bd, ROUND=layer.rounds, num_warps=sizes["warps"]
+        y, routed.weights, mixed, d, K=layer.k, BD=bd, ROUND=layer.rounds_products, num_warps=sizes["warps"]
     )
 
 

@@ -10,6 +10,7 @@ from moe_problems import BLOCKS, check, problem
 
 from tests.hf_moe import model
 from workbench_kernels import Intervene, Need, fused_moe
+from workbench_kernels.hf import register_with_transformers
 from workbench_kernels.moe import stages
 from workbench_kernels.moe.api import plan_layer, run_layer
 from workbench_kernels.moe.plan import PATHS
@@ -34,6 +35,55 @@ def test_hf_numerics_have_the_bits_of_transformers(path: str) -> None:
     assert (routing.router_logits == logits).float().mean() > 0.97
     assert (routing.routing_weights == routing_weights)[same].float().mean() > 0.97
     assert (y == mlp(x[None])[0])[same].float().mean() > 0.97
+
+
+@pytest.mark.parametrize("path", TWO)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@torch.no_grad()
+def test_hf_weights_of_any_dtype_have_the_bits_of_transformers(path: str, dtype: torch.dtype) -> None:
+    """Products with bfloat16 weights are rounded before they are added, those with float32 weights are not."""
+    pytest.importorskip("transformers", minversion="5.0")
+    built = model(BF16, k=4)
+    built.set_experts_implementation("grouped_mm")
+    experts, g = built.model.layers[0].mlp.experts, torch.Generator().manual_seed(0)
+    x, ids = torch.randn(8, 64, generator=g).to(BF16), torch.rand(8, 8, generator=g).argsort(-1)[:, :4]
+    stacked = experts.gate_up_proj.normal_(std=0.3), experts.down_proj.normal_(std=0.3)
+    weights = torch.rand(8, 4, generator=g).to(dtype)
+    change = Intervene(forced_ids=ids, forced_weights=weights)
+    options = {"impl": "triton", "path": path, "numerics": "hf", "_blocks": BLOCKS}
+    y, routing = fused_moe(x, torch.zeros(8, 64, dtype=BF16), *stacked, 4, intervene=change, **options)
+    assert torch.equal(routing.routing_weights, weights.float())
+    expected = experts(x, ids, weights)
+    assert (y == expected).float().mean() > 0.97
+    for implementation in ("grouped_mm", "sorted"):
+        register_with_transformers()
+        built.set_experts_implementation(f"workbench_{implementation}")
+        assert torch.equal(experts(x, ids, weights), expected), implementation
+
+
+@pytest.mark.parametrize("path", TWO)
+@pytest.mark.parametrize(("dtype", "router"), [(BF16, torch.float32), (torch.float32, BF16), (BF16, torch.float64)])
+def test_in_hf_numerics_the_router_computes_in_its_own_dtype(
+    path: str, dtype: torch.dtype, router: torch.dtype
+) -> None:
+    """Its weight is not rounded to x's dtype first; outputs that are changed are mixed in a launch apart."""
+    p = problem(16, 70, 36, 8, 2, dtype)
+    args = p.x, (p.router.float() * 1.001).to(router), p.gate_up, p.down, p.k
+    scale, options = Intervene(expert_scale=torch.full((8,), 1 / 3)), {"need": ("expert_out",), "numerics": "hf"}
+    for change in (Intervene(), scale):
+        y, got = fused_moe(*args, impl="triton", path=path, intervene=change, _blocks=BLOCKS, **options)
+        theirs, expected = fused_moe(*args, impl="sorted", intervene=change, **options)
+        assert torch.equal(got.expert_ids, expected.expert_ids)
+        if router == BF16:
+            assert (got.router_logits == expected.router_logits).float().mean() > 0.97
+            assert (got.routing_weights == expected.routing_weights).float().mean() > 0.97
+        torch.testing.assert_close(
+            got.router_logits, expected.router_logits, atol=1e-6, rtol=1e-2 if router == BF16 else 1e-5
+        )
+        assert (got.expert_out == expected.expert_out).float().mean() > 0.97 or dtype == torch.float32
+        weighted = got.expert_out.float() * got.routing_weights.unsqueeze(-1)
+        assert torch.equal(y, weighted.sum(1).to(dtype)), "products are float32"
+        torch.testing.assert_close(y, theirs)
 
 
 @pytest.mark.parametrize("path", TWO)
