@@ -61,6 +61,23 @@ def test_papermill_runs_one_with_other_parameters(tmp_path: Path) -> None:
     assert "`nano-moe-base` has" in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("01_load_and_verify", {"dtypes": ["bfloat16"]}),
+        ("10_nnsight_and_transformerlens", {"dtype": "bfloat16"}),
+    ],
+)
+def test_notebooks_that_compare_numbers_run_in_the_dtype_of_the_real_model(
+    name: str, given: dict[str, object], tmp_path: Path
+) -> None:
+    papermill = pytest.importorskip("papermill")
+    papermill.execute_notebook(
+        FOLDER / f"{name}.ipynb", tmp_path / "out.ipynb", given, kernel_name="python3", cwd=tmp_path, progress_bar=False
+    )
+
+
 # --- the checks themselves ------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ def layer_curves(means: pl.DataFrame, by: str, y_title: str, value: str = "mean"
 def divergence_curves(divergence: pl.DataFrame) -> go.Figure:
     """JA/EN divergence per layer in bits, the within-language floor, and their difference, with 95% bands.
 
-    `divergence` comes from `stats.contrasts.language_divergence`.
+    `divergence` comes from `stats.divergence.language_divergence`.
     """
     looks = {
         "between": ("between languages", colour("ja"), "solid"),

@@ -109,7 +109,7 @@ def _pack_doc(
     values = [_quantised(part[entry["name"]], entry).reshape(shape).T for entry in ranges]  # [token layer]
     return {
         **rows.select("doc_id", "group_id", "lang", "effort").row(0, named=True),
-        "label": doc_label(rows.row(0, named=True)),
+        "label": visible(doc_label(rows.row(0, named=True))),  # ids come from prompts
         "tokens": [visible(text) for text in rows["token"]],
         "token_ids": rows["token_id"].to_list(),
         "pos": rows["pos"].to_list(),

@@ -1,7 +1,8 @@
 """One look for every figure: transparent, readable on light and dark pages, safe for colour-blind readers.
 
-Colours are Okabe and Ito's (2008), a little lighter where the original is too dark for a dark page; they also differ in
-lightness, and lines differ in dash.
+Colours are Okabe and Ito's (2008), a little lighter where the original is too dark for a dark page, each with a
+contrast of at least 3 on either. Not every pair stays apart without red or green, so lines also differ in dash and
+points in symbol.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ COLOURS = {
     "final": "#c65b9b",
     "tool": "#9a7bc8",
     "plain": "#83888f",
-    "low": "#8fb8de",
+    "low": "#5896d0",
     "medium": "#2b86c5",
-    "high": "#1d4f91",
+    "high": "#2a66ab",
 }
+# For series without a colour of their own, plotly express included.
+SERIES = ("#2b86c5", "#d55e00", "#009e73", "#c65b9b", "#b8860b", "#9a7bc8")
 DASHES = {"ja": "solid", "en": "dot", "user": "dash", "analysis": "solid", "final": "dot", "plain": "solid"}
 NAMES = {"ja": "Japanese", "en": "English", "mixed": "mixed"}
 
@@ -50,6 +53,7 @@ TEMPLATE = go.layout.Template(
         "font": {"family": FONT_STACK, "size": 13, "color": GREY},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": SERIES,
         "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
         "hovermode": "closest",
         "hoverlabel": {"bgcolor": "#22262c", "font": {"color": "#f4f5f7", "family": FONT_STACK}, "bordercolor": GREY},
@@ -79,7 +83,6 @@ class Look(NamedTuple):
     symbol: str
 
 
-_OTHERS = ("#2b86c5", "#d55e00", "#009e73", "#c65b9b", "#b8860b", "#9a7bc8")
 _DASHES = ("solid", "dot", "dash", "dashdot")
 _SYMBOLS = ("circle", "diamond", "square", "x", "triangle-up", "cross")
 
@@ -87,7 +90,7 @@ _SYMBOLS = ("circle", "diamond", "square", "x", "triangle-up", "cross")
 def looks(names: Sequence[Any]) -> dict[Any, Look]:
     """A look for each name: languages, channels and efforts have their own colour, others take turns."""
     taken = {COLOURS[name] for name in names if name in COLOURS}
-    others = cycle(shade for shade in _OTHERS if shade not in taken)
+    others = cycle(shade for shade in SERIES if shade not in taken)
     return {
         name: Look(
             COLOURS[name] if name in COLOURS else next(others),

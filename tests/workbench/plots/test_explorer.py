@@ -123,6 +123,17 @@ def test_hostile_tokens_stay_text() -> None:
     assert json.loads(data[1])["docs"][0]["tokens"] == [visible(text) for text in HOSTILE]
 
 
+def test_hostile_ids_of_documents_stay_text() -> None:
+    tokens, routing = (
+        frame.with_columns(doc_id=pl.lit("\u202e<b>\x00")) for frame in frames({"tea-en": ["tea", " time"]})
+    )
+    explorer = explore(tokens, routing, n_experts=8)
+    assert explorer.payload["docs"][0]["label"].endswith(" · ⟨U+202E⟩<b>⟨U+0000⟩")
+    parsed = Fallback()
+    parsed.feed(explorer.fragment())
+    assert "b" not in parsed.tags
+
+
 def test_characters_that_hide_or_reorder_text_are_shown_by_code() -> None:
     assert visible("a\u202eb\u200b\x00\ud800\n") == "a⟨U+202E⟩b⟨U+200B⟩⟨U+0000⟩⟨U+D800⟩↵\n"
     assert visible("日本 語ｶﾞ é 👍") == "日本 語ｶﾞ é 👍"

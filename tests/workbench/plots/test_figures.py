@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import plotly.express as px
 import plotly.graph_objects as go
 import polars as pl
 import pytest
 
 from workbench.plots.distributions import contrast_forest, divergence_curves, layer_curves, length_bars
 from workbench.plots.heatmaps import contrast_map, load_map
-from workbench.plots.theme import COLOURS, GREY, colour, faded, ordered
+from workbench.plots.theme import COLOURS, GREY, SERIES, TEMPLATE, colour, faded, ordered
 
 LAYERS, EXPERTS = 3, 4
 
@@ -168,11 +169,19 @@ def luminance(hex_colour: str) -> float:
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
-@pytest.mark.parametrize("name", ["ja", "en", "user", "analysis", "final", "plain"])
+@pytest.mark.parametrize("name", sorted(COLOURS))
 def test_line_colours_stand_out_on_a_white_and_on_a_dark_page(name: str) -> None:
     line = luminance(COLOURS[name])
     assert (1.05) / (line + 0.05) >= 3  # WCAG 1.4.11: graphics need 3:1
     assert (line + 0.05) / (luminance("#14171b") + 0.05) >= 3
+
+
+@pytest.mark.parametrize("shade", SERIES)
+def test_colours_of_any_series_stand_out_and_reach_plotly_express(shade: str) -> None:
+    assert 3 <= 1.05 / (luminance(shade) + 0.05) <= 1.05 / (luminance("#14171b") + 0.05) / 3
+    rows = {"x": [0] * len(SERIES), "y": [0] * len(SERIES), "name": list(SERIES)}
+    drawn = px.line(pl.DataFrame(rows), x="x", y="y", color="name", template=TEMPLATE)
+    assert drawn.data[SERIES.index(shade)].line.color == shade
 
 
 def test_colours_and_order_of_unknown_names() -> None:
