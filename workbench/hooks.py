@@ -39,10 +39,10 @@ class HookPoint(nn.Module):
         # asked at each pass, for frameworks that wrap `forward` and decide while the model runs whether to look
         self.watchers: list[Callable[[], bool]] = []
         # together, since an idle point is asked at every pass
-        self._listeners = (
-            self.fwd_hooks, self.bwd_hooks, self._forward_hooks, self._forward_pre_hooks,
-            self._backward_hooks, self._backward_pre_hooks,
-        )  # fmt: skip
+        torch_hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        self._listeners = (self.fwd_hooks, self.bwd_hooks, *torch_hooks)
+        self._foreign = (*torch_hooks, self.watchers)
+        self._asked = (*self._listeners, self.watchers)
 
     @property
     def may_change(self) -> bool:
@@ -54,7 +54,9 @@ class HookPoint(nn.Module):
     @property
     def listened(self) -> bool:
         """Whether anything listens here: our hooks, torch's own, or a watcher that wants this pass."""
-        return any(self._listeners) or (bool(self.watchers) and any(wants() for wants in self.watchers))
+        if not any(self._asked):
+            return False
+        return any(self._listeners) or any(wants() for wants in self.watchers)
 
     def layer(self) -> int:
         """The layer in this point's name. Raises HookError at points outside the blocks."""
@@ -78,9 +80,11 @@ class HookPoint(nn.Module):
             self.bwd_hooks.clear()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.listened:
-            return super().__call__(x)
-        return x  # an idle point skips nn.Module's call machinery
+        if not any(self._asked):
+            return x  # an idle point skips nn.Module's call machinery, and so does one with hooks of ours alone
+        if not any(self._foreign):
+            return self.forward(x)
+        return super().__call__(x) if self.listened else x
 
     def forward(self, x: Tensor) -> Tensor:
         version = x._version if self.read_only and not x.is_inference() else 0
@@ -211,9 +215,9 @@ class HookedModel(nn.Module):
             if isinstance(module, HookPoint):
                 module.name = name
                 self.hook_dict[name] = module
-                owner, _, leaf = name.rpartition(".")
-                # found at once, where nn.Module looks for submodules only after everything else
-                self.get_submodule(owner).__dict__[leaf] = module
+            owner, _, leaf = name.rpartition(".")
+            # found at once, where nn.Module looks for submodules only after everything else
+            self.get_submodule(owner).__dict__[leaf] = module
 
     def hook_table(self) -> list[HookRow]:
         """All hook points in order of execution within each module; `pl.DataFrame(model.hook_table())` is a table."""

@@ -11,6 +11,7 @@ Three implementations of one grouped linear map, chosen by name and never swappe
 On a CPU without bfloat16 arithmetic, `sorted` widens an expert's matrix to float32 where it has four rows or more: the
 product is rounded to the model's dtype all the same, and is several times faster. Where torch has that loop over
 experts in C++ (its grouped_mm, float32 on CPU), `sorted` leaves the looping to it: the same products in the same order.
+But not while decoding: that loop visits every expert, and for a few rows most of them have none.
 int8 and int4 experts are dequantised one at a time as they are hit (by `sorted`) or all at once (by `reference`);
 `grouped_mm` cannot run them.
 """
@@ -31,6 +32,7 @@ Tap = Callable[[Tensor], Tensor]
 Weight = Tensor | QuantizedExperts
 TAPS = ("expert_pre", "expert_pre_linear", "expert_post", "expert_out")
 _WIDENED_ROWS = 4  # from here on widening the matrix once costs less than multiplying in bfloat16
+_FEW_ROWS = 64  # up to here looping over the experts that were hit costs less than visiting all of them
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,22 @@ def _mix(
     if lone:
         return weights.to(wide) @ rows.to(wide)
     # one pass over the rows, without [T, K, D] in between
-    return F.embedding_bag(places, rows.to(wide), per_sample_weights=weights.to(wide), mode="sum")
+    bags = torch.arange(0, places.numel(), places.shape[1])  # where a token's slots begin
+    summed = torch.embedding_bag(
+        rows.to(wide), places.flatten(), bags, mode=0, per_sample_weights=weights.to(wide).flatten()
+    )
+    return summed[0]
 
 
 def _linear_sorted(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
     experts, counts = groups.hit
-    widened = [not groups.as_transformers and _widens(rows, count) for count in counts]
+    may_widen = _may_widen(rows) and not groups.as_transformers
+    widened = [may_widen and count >= _WIDENED_ROWS for count in counts]
     learns = isinstance(weight, Tensor) and weight.requires_grad
     with_graph = torch.is_grad_enabled() and (rows.requires_grad or learns)
     by_torch = not (with_graph or groups.lone or any(widened))
+    if by_torch and isinstance(weight, Tensor) and 0 < rows.shape[0] <= _FEW_ROWS:
+        return torch.cat([F.linear(part, weight[e]) for part, e in zip(rows.split(counts), experts, strict=True)])
     if by_torch and isinstance(weight, Tensor) and _loops_in_torch(rows, weight):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
     if groups.lone and not with_graph and isinstance(weight, Tensor):
@@ -205,9 +214,9 @@ def _product(rows: Tensor, matrix: Tensor, wide: bool) -> Tensor:
     return (rows.float() @ matrix.float().T).to(rows.dtype) if wide else rows @ matrix.T
 
 
-def _widens(rows: Tensor, n_rows: int) -> bool:
+def _may_widen(rows: Tensor) -> bool:
     half = rows.dtype in (torch.bfloat16, torch.float16)
-    return half and n_rows >= _WIDENED_ROWS and rows.device.type == "cpu" and not _multiplies_halves()
+    return half and rows.device.type == "cpu" and not _multiplies_halves()
 
 
 def _loops_in_torch(rows: Tensor, weight: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Generation here and in transformers, TransformerLens and nnsight: CPU time per token, interleaved in one process.
 
-    python tests/benchmarks/generation_speed.py [--models nano-moe-thinking nano-dense-thinking mid] [--runs 7]
+    python tests/benchmarks/generation_speed.py [--models nano-moe-thinking mid-dense ...] [--runs 7]
 
 Greedy, float32, one thread, the same prompts, no stop ids, and every run must write the same tokens. Plain generation
 is compared with transformers' `generate` under both of its caches, the faster of which counts. With capture, all
@@ -28,11 +28,12 @@ from workbench.io.weights import load_model
 from workbench.models import Llama, build_model, init_weights
 
 Run = Callable[[], Tensor]
+MODELS = ["nano-moe-thinking", "nano-dense-thinking", "mid-moe", "mid-dense"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--models", nargs="+", default=["nano-moe-thinking", "nano-dense-thinking", "mid"])
+    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--new", type=int, default=64, help="tokens to write")
@@ -41,17 +42,23 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            path = BUNDLED_DIR / name if name != "mid" else mid_size(Path(folder) / "mid")
+            path = mid_size(name, Path(folder) / name) if name.startswith("mid-") else BUNDLED_DIR / name
             compare(name, path, arguments)
 
 
-def mid_size(path: Path) -> Path:
-    """A random mixture of 60 million parameters: 8 layers of width 512, 16 experts, 2 per token."""
-    nano = load_model("nano-moe-base", dtype="float32").cfg
-    cfg = replace(
-        nano, d_model=512, n_layers=8, n_heads=8, n_kv_heads=2, d_head=64, n_experts=16, k=2, d_expert=256,
-        d_mlp=512, sparse_layers=(True,) * 8,
-    )  # fmt: skip
+def mid_size(name: str, path: Path) -> Path:
+    """A random checkpoint with the nano vocabulary: "mid-dense" has 230 million parameters, "mid-moe" 210.
+
+    The mixture routes as the 32B-A3B model does, 8 of 128 experts per token.
+    """
+    nano = load_model(f"nano-{name.removeprefix('mid-')}-base", dtype="float32").cfg
+    if name == "mid-dense":
+        cfg = replace(nano, d_model=1024, n_layers=20, n_heads=16, n_kv_heads=4, d_head=64, d_mlp=2816)
+    else:
+        cfg = replace(
+            nano, d_model=512, n_layers=8, n_heads=8, n_kv_heads=2, d_head=64, n_experts=128, k=8, d_expert=128,
+            d_mlp=512, sparse_layers=(True,) * 8,
+        )  # fmt: skip
     return save_model(init_weights(build_model(cfg), seed=0, std=0.05), path)
 
 

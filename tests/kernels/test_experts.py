@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workbench_kernels import IMPLEMENTATIONS, choose_implementation, routed_experts
+from workbench_kernels import IMPLEMENTATIONS, choose_implementation, experts, routed_experts
 from workbench_kernels.experts import TAPS
 
 
@@ -137,3 +137,17 @@ def test_the_choice_of_implementation_is_explicit() -> None:
     names = "auto, sorted, grouped_mm, reference, triton"
     with pytest.raises(ValueError, match=f"moe_impl: expected one of {names}, got 'fast'"):
         choose_implementation("fast", cpu, torch.float32)
+
+
+def test_the_loop_over_experts_that_were_hit_makes_the_bits_of_the_loop_over_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, ids = torch.randn(6, 32, generator=draw), torch.rand(6, 16, generator=draw).topk(4).indices
+    weights = torch.rand(6, 4, generator=draw)
+    gate_up, down = torch.randn(16, 48, 32, generator=draw), torch.randn(16, 32, 24, generator=draw)
+    found = {}
+    for limit in (0, 64):
+        monkeypatch.setattr(experts, "_FEW_ROWS", limit)
+        found[limit] = [routed_experts(x, ids, weights, gate_up, down, rows_per_expert=n) for n in (None, 6)]
+    assert all(torch.equal(one, other) for one, other in zip(found[0], found[64], strict=True))

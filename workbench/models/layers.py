@@ -14,6 +14,8 @@ from workbench.config import ModelConfig, RopeConfig
 from workbench.errors import ShapeError
 from workbench.hooks import HookPoint
 
+BEYOND_CACHE = 2**18  # values of a float32 weight, 1 MiB
+
 
 class Frame(NamedTuple):
     """What a forward pass knows about its positions, computed once and handed to every block."""
@@ -23,6 +25,27 @@ class Frame(NamedTuple):
     mask: Tensor | None  # bool [batch 1 query_pos key_pos], True where a query may look; None: causal, nothing padded
     valid: Tensor | None  # bool [batch pos], False at padding; None: nothing padded
     positions: Tensor  # int64 [batch pos], or [1 pos] without padding: the place of each token in its sequence
+
+
+class Linear(nn.Linear):
+    """x · weightᵀ.
+
+    Two to four rows and a weight beyond a core's cache: on a CPU the product with the rows as columns takes 0.5 to 0.9
+    of the time of the other, and the bits of a row depend as little on its neighbours. One row reads at the speed of
+    memory either way.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [... n_in] -> [... n_out]
+        weight = self.weight
+        if weight.numel() < BEYOND_CACHE or x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.linear(x, weight)
+        rows = x.flatten(0, -2)
+        if not 2 <= len(rows) <= 4:
+            return F.linear(x, weight)
+        return torch.mm(weight, rows.t()).t().contiguous().view(*x.shape[:-1], -1)
 
 
 class RMSNorm(nn.Module):
@@ -51,9 +74,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
-        self.up_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
-        self.down_proj = nn.Linear(cfg.d_mlp, cfg.d_model, bias=False)
+        self.gate_proj = Linear(cfg.d_model, cfg.d_mlp)
+        self.up_proj = Linear(cfg.d_model, cfg.d_mlp)
+        self.down_proj = Linear(cfg.d_mlp, cfg.d_model)
         self.hook_pre = HookPoint("batch pos d_mlp")
         self.hook_pre_linear = HookPoint("batch pos d_mlp")
         self.hook_post = HookPoint("batch pos d_mlp")
@@ -65,7 +88,7 @@ class SwiGLU(nn.Module):
 
 def wide(x: Tensor) -> Tensor:
     """x in float32 at least, as the checkpoints were trained. In a float64 model only rotary angles are float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:  # [... d] -> float32 [... 1]
@@ -74,9 +97,8 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:  # [... d] -> float32 [... 1]
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # over the last axis
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return F.rms_norm(
-            x, weight.shape, weight, eps
-        )  # the same operations in one call; elsewhere it rounds otherwise
+        # the same operations in one call; elsewhere it rounds otherwise
+        return F.rms_norm(x, weight.shape, weight, eps)
     return weight * (wide(x) * inverse_rms(x, eps)).to(x.dtype)
 
 
@@ -91,8 +113,7 @@ def substitute(exact: Tensor, edited: Tensor, read: Tensor) -> Tensor:
 
 def rotary(x: Tensor, frame: Frame) -> Tensor:  # [batch pos head d_head]
     """Rotate the two halves of each head against each other (2104.09864)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * frame.cos + torch.cat((second, first), dim=-1) * frame.sin
+    return x * frame.cos + x.roll(x.shape[-1] // 2, dims=-1) * frame.sin
 
 
 @cache

@@ -35,6 +35,9 @@ FUSED_POINTS = (
 )  # fmt: skip
 
 
+UNCHANGED = Intervene()
+
+
 class Moe(nn.Module):
     """Router and experts: each token's output is the weighted sum of its k experts' outputs."""
 
@@ -61,7 +64,7 @@ class Moe(nn.Module):
         self.hook_expert_out = HookPoint("batch pos k d_model", cost=slots.format("d_model"))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # [batch pos d_model]
-        change = Intervene() if self.plan is None else self.plan.settle(x.shape[:2])
+        change = UNCHANGED if self.plan is None else self.plan.settle(x.shape[:2])
         if self.moe_impl == "triton":
             return self._fused(x, valid, change)
         logits = self.hook_router_logits(self._logits(x))  # [batch pos expert]
@@ -161,7 +164,7 @@ class Moe(nn.Module):
         points = (self.hook_expert_pre, self.hook_expert_pre_linear, self.hook_expert_post, self.hook_expert_out)
         names = ("expert_pre", "expert_pre_linear", "expert_post", "expert_out")
         shown = {name: Tap(point, batch_pos) for name, point in zip(names, points, strict=True) if point.listened}
-        return shown | output_tap(ids, change, shown.get("expert_out"))
+        return shown if change is UNCHANGED else shown | output_tap(ids, change, shown.get("expert_out"))
 
 
 def _per_token(argument: Tensor, like: Tensor) -> Tensor:

@@ -73,13 +73,16 @@ class Sampler:
 
     def see(self, tokens: Tensor, valid: Tensor, d_vocab: int, written: bool = True) -> None:
         """Count ids [batch pos] where `valid` [batch pos], a prompt's with `written=False`; only penalties ask."""
+        counts = written and (self.sampling.frequency_penalty or self.sampling.presence_penalty)
+        if self.sampling.repetition_penalty == 1 and not counts:
+            return
         rows = torch.arange(self.batch)[:, None].expand(tokens.shape)
         places = rows[valid], tokens[valid].long()
         if self.sampling.repetition_penalty != 1:
             if self._seen is None:
                 self._seen = torch.zeros(self.batch, d_vocab, dtype=torch.bool)
             self._seen[places] = True
-        if written and (self.sampling.frequency_penalty or self.sampling.presence_penalty):
+        if counts:
             if self._counts is None:
                 self._counts = torch.zeros(self.batch, d_vocab)
             self._counts.index_put_(places, torch.ones(len(places[0])), accumulate=True)
