@@ -30,7 +30,7 @@ def divergence_curves(divergence: pl.DataFrame) -> go.Figure:
     looks = {
         "between": ("between languages", colour("ja"), "solid"),
         "floor": ("within a language (floor)", GREY, "dash"),
-        "excess": ("excess over the floor", "#56b4e9", "dot"),
+        "excess": ("excess over the floor", colour("en"), "dot"),
     }
     fig = figure()
     for name, (label, line_colour, dash) in looks.items():

@@ -517,7 +517,7 @@ TIMING = """async () => {
 
 
 def test_two_thousand_tokens_open_and_hover_quickly(visit, record_property) -> None:
-    """2,000 tokens x 32 layers x 8 of 128 experts: under 2 s and 16 ms on an idle machine; here with slack."""
+    """2,000 tokens x 32 layers x 8 of 128 experts: opened in under 2 s, a hover answered in under 16 ms."""
     tokens, routing = frames({"tea-en": ["token "] * 2000}, n_layers=32, n_experts=128, k=8)
     shown = explore(tokens, routing, n_experts=128)
     timings = []
@@ -535,5 +535,5 @@ def test_two_thousand_tokens_open_and_hover_quickly(visit, record_property) -> N
     for name, value in (("open_ms", opening), ("hover_ms", hover), ("expert_ms", expert)):
         record_property(name, round(value, 2))
     print(f"median: open {opening:.0f} ms, hover {hover:.2f} ms, click on an expert {expert:.1f} ms")
-    assert opening < 2 * 2_000
-    assert hover < 2 * 16
+    assert opening < 2_000
+    assert hover < 16
