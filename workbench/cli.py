@@ -86,7 +86,8 @@ def calibrate(arguments: argparse.Namespace) -> None:
     else:
         scope = planted.Scope(*shape, groups=tuple(arguments.groups), nulls=arguments.nulls, held=arguments.held)
     out = arguments.out or Path("runs") / f"calibration-{shape[0]}x{shape[1]}"
-    tables, floors = planted.calibrate(scope, out)
+    floors = tuple(arguments.floors) if arguments.floors else None
+    tables, floors = planted.calibrate(scope, out, floors=floors)
     figure = calibration_curves(tables["accuracy"])
     figure.write_html(out / "calibration.html", include_plotlyjs=True)
     print(planted.summary(scope, tables, floors))
@@ -232,6 +233,7 @@ def _add_calibrate(command: argparse.ArgumentParser) -> None:
     add("--groups", type=int, nargs="+", default=(10, 20, 40), metavar="N", help="document pairs (default: 10 20 40)")
     add("--nulls", type=int, default=400, metavar="N", help="trials without any effect (default: %(default)s)")
     add("--held", type=int, default=60, metavar="N", help="trials per coverage of intervals (default: %(default)s)")
+    add("--floors", type=float, nargs=2, metavar=("RISK", "LOGIT"), help="judge these floors (default: choose them)")
     add("--quick", action="store_true", help="a minute instead of many, with wide intervals")
     command.set_defaults(run=calibrate)
 

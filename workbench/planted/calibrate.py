@@ -106,14 +106,20 @@ def run_trials(trials: Sequence[Trial], folder: str | Path, progress: bool = Tru
     return pl.concat([pl.read_parquet(file) for file in files])
 
 
-def score(trials: pl.DataFrame) -> tuple[dict[str, pl.DataFrame], tuple[float, float]]:
-    """(tables by name, floors). Floors are chosen on the even draws; accuracy is that of the odd ones alone."""
+def score(
+    trials: pl.DataFrame, floors: tuple[float, float] | None = None
+) -> tuple[dict[str, pl.DataFrame], tuple[float, float]]:
+    """(tables by name, floors). Floors are chosen on the even draws, and accuracy is that of the odd ones alone.
+
+    With `floors`, which other trials must have chosen, nothing is chosen here and accuracy is that of all draws.
+    """
     even = pl.col("draw") % 2 == 0
     plain = trials.filter(pl.col("draw") < 1000, pl.col("contrast") != "null")
-    floors = choose_floors(plain.filter(even))
+    judged = plain if floors else plain.filter(~even)
+    floors = floors or choose_floors(plain.filter(even))
     tables = {
-        "accuracy": accuracy(plain.filter(~even), *floors),
-        "accuracy_without_floors": accuracy(plain.filter(~even)),
+        "accuracy": accuracy(judged, *floors),
+        "accuracy_without_floors": accuracy(judged),
         "average_precision": average_precision(plain),
         "family_wise_error": family_wise_error(trials, *floors),
         "coverage": coverage(trials.filter((pl.col("draw") >= 1000) | (pl.col("contrast") == "null"))),
@@ -123,12 +129,12 @@ def score(trials: pl.DataFrame) -> tuple[dict[str, pl.DataFrame], tuple[float, f
 
 
 def calibrate(
-    scope: Scope, out: str | Path, progress: bool = True
+    scope: Scope, out: str | Path, progress: bool = True, floors: tuple[float, float] | None = None
 ) -> tuple[dict[str, pl.DataFrame], tuple[float, float]]:
     """Run and score a scope; writes trials/, one CSV per table and floors.json into `out`. See `score`."""
     out = Path(out)
     trials = run_trials(plan_trials(scope), out / "trials", progress)
-    tables, floors = score(trials)
+    tables, floors = score(trials, floors)
     for name, table in tables.items():
         with atomic(out / f"{name}.csv") as file:
             table.write_csv(file, float_precision=4)

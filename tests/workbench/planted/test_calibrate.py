@@ -102,6 +102,14 @@ def test_floors_are_chosen_and_judged_on_different_draws(tiny: Scope, tmp_path: 
     assert score(spoiled)[1] == floors
 
 
+def test_floors_that_are_given_are_judged_on_every_draw(tiny: Scope, tmp_path: Path) -> None:
+    trials = run_trials(plan_trials(tiny), tmp_path, progress=False)
+    tables, floors = score(trials, (0.3, 1.0))
+    assert floors == (0.3, 1.0)
+    assert tables["accuracy"]["n_trials"].unique().to_list() == [2]
+    assert tables["accuracy"]["n_flagged"].sum() < tables["accuracy_without_floors"]["n_flagged"].sum()
+
+
 def test_the_figure_shows_every_cell(tiny: Scope, tmp_path: Path) -> None:
     tables, _ = calibrate(tiny, tmp_path, progress=False)
     figure = calibration_curves(tables["accuracy"])
@@ -118,6 +126,8 @@ def test_the_command_prints_the_tables(tiny: Scope, tmp_path: Path, capsys, monk
     assert "family-wise error without any effect" in shown
     assert shown.rstrip().endswith("calibration.html")
     assert "plotly" in (tmp_path / "calibration.html").read_text(encoding="utf-8").lower()
+    assert main(["calibrate", "--quick", "--out", str(tmp_path), "--floors", "0.3", "1"]) == 0
+    assert "floors |risk difference| 0.3, |logit d| 1" in capsys.readouterr().out
     assert main(["calibrate", "--experts", "16"]) == 2
     assert "n_experts: expected at least 32" in capsys.readouterr().err
 
