@@ -199,7 +199,11 @@ def _measure(ends: Ends, base: Tensor, edges: Sequence[tuple[str, str]]) -> pl.D
 
 
 def _agreement(frame: pl.DataFrame) -> dict[str, float | int | None]:
-    means = frame.drop_nulls("exact").group_by("sender", "receiver").agg(pl.col("value", "exact").mean())
+    means = (
+        frame.drop_nulls("exact")
+        .group_by("sender", "receiver", maintain_order=True)
+        .agg(pl.col("value", "exact").mean())
+    )
     if len(means) < 3:
         return {"pearson": None, "spearman": None, "n_edges": len(means)}
     found = means.select(pearson=pl.corr("value", "exact"), spearman=pl.corr("value", "exact", method="spearman"))

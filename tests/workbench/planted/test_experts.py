@@ -119,7 +119,7 @@ def test_twins_are_one_expert_twice_and_always_together(planted: Qwen3Moe) -> No
 
 def test_the_pair_is_chosen_together_beyond_chance(planted: Qwen3Moe) -> None:
     one, two = DESIGN.roles["together"]
-    both = chosen(planted, sequences(language_documents(60, 60, seed=2)), 1).flatten(0, 1)
+    both = chosen(planted, sequences(language_documents(240, 60, seed=2)), 1).flatten(0, 1)
     picked = both.float().mean(0)
     assert (both[:, one] & both[:, two]).float().mean() > 2 * picked[one] * picked[two]
 
