@@ -128,6 +128,7 @@ def test_the_load_is_the_one_that_the_kernels_counted(monkeypatch: pytest.Monkey
         assert torch.allclose(cache[MLP + "expert_load"], counts / counts.sum())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_under_a_pinned_path_a_token_has_the_same_bits_alone_and_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16: numpy's float32 product, which the interpreter takes, adds in an order that depends on the row."""
