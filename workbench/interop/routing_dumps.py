@@ -134,6 +134,12 @@ def read_sglang_recorder(path: str | Path, k: int = 8) -> tuple[list[Dump], int]
             if ids is None:
                 left_out += len(experts)
                 continue
+            if experts.shape[-1] < k or (experts[..., k:] >= 0).any():
+                filled = int((experts >= 0).any((0, 1)).sum())
+                raise RunError(
+                    f"{where}: expected {k} experts per token and layer, got {filled} of {experts.shape[-1]} places "
+                    "filled. Pass the model's own k; the recorder keeps 8 at most."
+                )
             name = f"{Path(path).stem}-{len(dumps):05}"
             dumps.append(_checked(Dump(name, ids, len(ids), experts[..., :k]), where))
     return dumps, left_out
@@ -158,6 +164,7 @@ def _prefills(record: Mapping[str, Any], where: str) -> Iterator[tuple[tuple[int
         whole = list(positions[part]) == list(range(length))
         yield (tuple(map(int, ids[part])) if whole else None), experts[part]
         start += length
+    yield None, experts[start:]  # padding of the pass, or tokens whose sequence it does not name
 
 
 def dump_frames(

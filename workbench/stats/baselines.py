@@ -10,6 +10,7 @@ from scipy.stats import rankdata
 
 from workbench.errors import FrameError
 from workbench.stats.index import Frame, Ints, codes, locate
+from workbench.stats.information import mixed
 from workbench.stats.load import frequency_cube, slot_counts
 from workbench.stats.resampling import Floats, block_jackknife
 
@@ -151,24 +152,27 @@ def _npmi(slots: Floats, sizes: Floats) -> Floats:  # [event layer expert], [eve
 
 def geometry_baseline(
     counts: pl.DataFrame, hidden: pl.DataFrame, labels: pl.DataFrame, axis: str, n_experts: int, n_shuffles: int = 999,
-    seed: int = 0,
+    seed: int = 0, unit: str = "group_id",
 ) -> pl.DataFrame:  # fmt: skip
     """How much of the likeness of routes is likeness of hidden states (arXiv 2604.09780): one row per layer.
 
     Router logits are linear in the hidden state, so documents that look alike are routed alike whatever experts are
     for. counts: `load.slot_counts` by [doc_id]; hidden: doc_id, layer, mean_in (list; mean router input of the
-    document, from `capture.router_inputs`); labels: doc_id and `axis`. Over all pairs of documents routing similarity
-    (sum of sqrt(q q'), 1 for the same distribution) is regressed on the cosine of the centred hidden states and its
-    square. Columns layer, r2, gap (mean similarity of pairs of the same label less that of different ones),
-    gap_residual (the same of the residuals: what geometry leaves), p (labels shuffled between documents, one-sided, of
-    gap_residual), n_docs, n_pairs.
+    document, from `capture.router_inputs`); labels: doc_id, `axis` and `unit`. Over all pairs of documents routing
+    similarity (sum of sqrt(q q'), 1 for the same distribution) is regressed on the cosine of the centred hidden states
+    and its square. Columns layer, r2, gap (mean similarity of pairs of the same label less that of different ones),
+    gap_residual (the same of the residuals: what geometry leaves), p (labels exchanged within units that have several,
+    else between units, one-sided, of gap_residual), n_docs, n_pairs. Documents of one unit and label, say a text at
+    three efforts, keep one label: they are alike whatever the label means. Without `unit` in labels every document is
+    taken for a text of its own.
     """
     docs = labels.join(counts.select("doc_id").unique(), on="doc_id").unique("doc_id").sort("doc_id")
     place = {name: number for number, name in enumerate(docs["doc_id"])}
     label = codes(docs[axis])
     upper = np.triu_indices(len(docs), 1)
     rng = np.random.default_rng(seed)
-    shuffles = [label, *(rng.permutation(label) for _ in range(n_shuffles))]
+    owner = codes(docs[unit]) if unit in docs.columns else np.arange(len(docs))
+    shuffles = [label, *_exchanged_labels(label, owner, n_shuffles, rng)]
     rows = []
     for layer in counts["layer"].unique().sort().to_list():
         routes, states = _document_vectors(counts, hidden, layer, place, n_experts)
@@ -182,6 +186,15 @@ def geometry_baseline(
         rows.append((layer, r2, _gap(likeness, label, upper), gaps[0], p, len(docs), len(cosine)))
     names = ["layer", "r2", "gap", "gap_residual", "p", "n_docs", "n_pairs"]
     return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def _exchanged_labels(label: Ints, owner: Ints, n: int, rng: np.random.Generator) -> list[Ints]:
+    """n shuffles of the labels [doc], those of an owner (unit) and label together."""
+    cell = owner * (label.max(initial=0) + 1) + label
+    _, first, place = np.unique(cell, return_index=True, return_inverse=True)
+    several = len(first) > len(np.unique(owner))
+    stratum = owner[first] if several else np.zeros_like(first)
+    return [mixed(label[first], stratum, rng)[place] for _ in range(n)]
 
 
 def _document_vectors(

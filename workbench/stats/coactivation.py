@@ -36,7 +36,8 @@ def coactivation(
     With n_draws > 0 also expected, log2_lift (observed over expected, half a token added), z and p_adjusted: the null
     keeps the k experts of every token and every expert's number of tokens in every document, and swaps everything else
     (curveball trades, Strona et al. 2014, doi 10.1038/ncomms5114; n_rounds of trades of all tokens between draws).
-    p_adjusted: the largest |z| over all pairs and layers of a draw, against that of the data.
+    p_adjusted: the largest |z| over all pairs and layers of a draw, against that of the data, which count as one draw
+    among the others there.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     layers, ids = token_array(kept, routing)
@@ -86,16 +87,21 @@ def _choices(ids: np.ndarray, n_experts: int) -> csr_array:
 
 
 def _against(observed: Ints, draws: Floats) -> dict[str, Floats]:
-    """Observed counts [test] against null draws [draw test]; z by the draws' own mean and deviation."""
-    mean, spread = draws.mean(0), np.maximum(draws.std(0, ddof=1), 0.5)
-    z = (observed - mean) / spread
-    largest = np.sort(np.abs((draws - mean) / spread).max(1))
-    exceeding = len(draws) - np.searchsorted(largest, np.abs(z), side="left")
+    """Observed counts [test] against null draws [draw test]; z by the draws' own mean and deviation.
+
+    For p the data are one draw among the others, in mean and deviation too: measured by the other draws alone they
+    would lie further out than any of these does by its own, and with 99 draws and thousands of pairs 5% became 20%.
+    """
+    n, mean, squares = len(draws), draws.mean(0), draws.var(0) * len(draws)
+    apart = observed - mean
+    center, spread = mean + apart / (n + 1), np.maximum(np.sqrt((squares + apart**2 * n / (n + 1)) / n), 0.5)
+    largest = np.sort(np.array([(np.abs(draw - center) / spread).max() for draw in draws]))
+    exceeding = n - np.searchsorted(largest * (1 + 1e-9), np.abs(observed - center) / spread, side="left")
     return {
         "expected": mean,
         "log2_lift": np.log2((observed + 0.5) / (mean + 0.5)),
-        "z": z,
-        "p_adjusted": (1 + exceeding) / (len(draws) + 1),
+        "z": apart / np.maximum(np.sqrt(squares / (n - 1)), 0.5),
+        "p_adjusted": (1 + exceeding) / (n + 1),
     }
 
 
@@ -147,7 +153,7 @@ def cross_layer(
 
     Columns layer, next_layer, expert, other, together (all k x k pairs of a token), lift, expected, log2_lift, z,
     p_adjusted, n_tokens, n_docs, n_tests. Null: within each document the routes of the next layer are dealt to its
-    tokens at random, which keeps both layers as they are and breaks the tie; max |z| over all pairs and layers. A tie
+    tokens at random, which keeps both layers as they are and breaks the tie; p_adjusted as in `coactivation`. A tie
     may come from the token itself, which both layers see: see `information.decompose_routing` for what it explains.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()

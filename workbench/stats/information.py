@@ -120,11 +120,11 @@ def _shuffled(column: Ints, before: Ints, group: Ints, document: Ints, rng: np.r
         first = np.unique(owner, return_index=True)[1]
         if (column == column[first][owner]).all():
             start, place = np.unique(_join(before, owner), return_index=True, return_inverse=True)[1:]
-            return _mixed(column[start], before[start], rng)[place]
-    return _mixed(column, before if before.any() else document, rng)
+            return mixed(column[start], before[start], rng)[place]
+    return mixed(column, before if before.any() else document, rng)
 
 
-def _mixed(values: Ints, stratum: Ints, rng: np.random.Generator) -> Ints:
+def mixed(values: Ints, stratum: Ints, rng: np.random.Generator) -> Ints:
     """The values in a random order within each stratum."""
     mixed = np.empty_like(values)
     mixed[np.lexsort((rng.random(len(values)), stratum))] = values[np.argsort(stratum, kind="stable")]

@@ -42,7 +42,10 @@ def specialisation(
     design "within": units that hold both kinds of token are compared with themselves (sign flips; Student's t).
     "between": units hold one kind only, as with topics, so units with the value are compared with the others (labels
     shuffled between units; Welch's t interval). p_adjusted: max-T over layers and experts, Bonferroni over values.
-    Null: the value makes no difference. Domain specialisation of arXiv 2409.02060, against the rest instead of the
+    Null: the value makes no difference; sign flips also take a unit's differences to be symmetric, which they are not
+    where the value has a token or two of a unit: with one each of 312 units of 40 tokens, 35% of null families of 128
+    experts, k = 8, had a p of at most 0.05, of 40 units all. Domain
+    specialisation of arXiv 2409.02060, against the rest instead of the
     uniform line. "Within" holds the document fixed, not the words: see `matching.match_tokens`.
     """
     counts = slot_counts(tokens, routing, [unit, column], segments)

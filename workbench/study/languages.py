@@ -15,7 +15,13 @@ from workbench.stats.matching import match_tokens, matching_summary
 
 
 def floors_of(run: Run) -> tuple[float, float] | None:
-    """The calibrated effect floors for this model's shape; None where nobody calibrated it."""
+    """The calibrated effect floors for this model's shape; None where nobody calibrated it.
+
+    None for a run without router logits too: floors are calibrated as a pair, and where the share's is 0 the logit's
+    does all the work.
+    """
+    if not has_logits(run):
+        return None
     try:
         return effect_floors(run.n_experts, run.manifest["model"]["k"])
     except ConfigError:
@@ -38,7 +44,8 @@ def language_frames(run: Run, tokens: pl.DataFrame) -> dict[str, pl.DataFrame]:
 def contrast(run: Run, tokens: pl.DataFrame, axis: str, values: tuple[str, str]) -> pl.DataFrame:
     """A paired contrast of a run's tokens, with centred logits where the run has them, flagged by the floors.
 
-    Without calibrated floors nothing is flagged: significance alone is no claim (docs/calibration.md).
+    Without calibrated floors, or without the logits they need, nothing is flagged: significance alone is no claim
+    (docs/calibration.md).
     """
     by = ["group_id", axis]
     cells = logit_cells(run.router_logits(), tokens, by) if has_logits(run) else None
@@ -47,7 +54,7 @@ def contrast(run: Run, tokens: pl.DataFrame, axis: str, values: tuple[str, str])
     floors = floors_of(run)
     if floors is None:
         return found.with_columns(flagged=pl.lit(False), side=pl.lit(0, dtype=pl.Int64))
-    return flag_experts(found, floors[0], floors[1] if has_logits(run) else None)
+    return flag_experts(found, *floors)
 
 
 def has_logits(run: Run) -> bool:
@@ -66,13 +73,15 @@ def flagged_places(run: Run, tokens: pl.DataFrame) -> list[tuple[int, int]]:
 def language_facts(run: Run, frames: dict[str, pl.DataFrame]) -> dict[str, str]:
     """Sentences of the page about the shared words: facts.floors and facts.matching."""
     floors, model = floors_of(run), run.manifest["model"]
-    if floors is None:
+    if not has_logits(run):
+        text = "(none: floors are calibrated for share and router logit together, and this run has no router logits)"
+    elif floors is None:
         text = (
             f"(none: no floors are calibrated for {model['n_experts']} experts with k={model['k']}, so nothing is "
             "marked; workbench calibrate finds them)"
         )
     else:
-        logit = f" and {floors[1]:g} standard deviations of the router logit" if has_logits(run) else ""
+        logit = f" and {floors[1]:g} standard deviations of the router logit"
         shape = f"{model['n_experts']} experts, k={model['k']}"
         text = f"of {floors[0]:g} in share{logit}, calibrated on planted models of {shape}"
     if "matching" not in frames:

@@ -126,11 +126,17 @@ def test_recorder_passes_are_cut_into_whole_prompts(tmp_path: Path) -> None:
     cached, left_out = read_sglang_recorder(recorder(tmp_path / "b.pt", positions=[4, 5, 6, 0, 1]), k=K)
     assert [dump.ids for dump in cached] == [(4, 5)]
     assert left_out == 5
+    _, left_out = read_sglang_recorder(recorder(tmp_path / "c.pt", extend_seq_lens=[3]), k=K)
+    assert left_out == 4  # two tokens belong to no sequence that the pass names
 
 
 def test_a_recorder_dump_with_the_wrong_k_or_nothing_in_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"expected 8 different experts for token 0 in layer 0, got .*-1"):
         read_sglang_recorder(recorder(tmp_path / "a.pt"), k=8)
+    with pytest.raises(RunError, match="expected 3 experts per token and layer, got 4 of 8 places filled"):
+        read_sglang_recorder(recorder(tmp_path / "a.pt"), k=3)  # else the fourth would be dropped without a word
+    with pytest.raises(RunError, match="expected 10 experts per token and layer, got 4 of 8 places filled"):
+        read_sglang_recorder(recorder(tmp_path / "a.pt"), k=10)
     (tmp_path / "b.pt").write_bytes(b"nothing")
     with pytest.raises(RunError, match="expected a recorder dump with records"):
         read_sglang_recorder(tmp_path / "b.pt")

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from workbench.errors import FrameError
-from workbench.stats.baselines import anchor_pmi, committee, geometry_baseline, translation_retrieval
+from workbench.stats.baselines import _exchanged_labels, anchor_pmi, committee, geometry_baseline, translation_retrieval
 from workbench.stats.load import slot_counts
 from workbench.stats.logits import logit_cells
 
@@ -123,3 +123,39 @@ def test_translations_find_each_other_by_topic_only(draw) -> None:
     )
     assert found["hits"].to_list() == [1, 1]
     assert (found["low"] < 1).all()
+
+
+def test_texts_that_come_three_times_are_no_language() -> None:
+    """Labels shuffled document by document called 28 of 40 such runs a finding: copies of a text kept no label."""
+    found = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        texts = [(f"g{group}", lang) for group in range(12) for lang in ("ja", "en")]
+        counts, hidden, labels = [], [], []
+        for group, lang in texts:
+            routes, state = rng.dirichlet(np.full(16, 2.0)), rng.normal(size=8)  # of the text, whatever its language
+            for effort in range(3):
+                name = f"{group}-{lang}-{effort}"
+                labels.append((name, lang, group))
+                counts += [(name, 0, expert, int(n)) for expert, n in enumerate(rng.multinomial(400, routes))]
+                hidden.append((name, 0, (state + rng.normal(size=8)).tolist()))
+        frames = [
+            pl.DataFrame(rows, schema=names, orient="row")
+            for rows, names in (
+                (counts, ["doc_id", "layer", "expert", "slots"]),
+                (hidden, ["doc_id", "layer", "mean_in"]),
+                (labels, ["doc_id", "lang", "group_id"]),
+            )
+        ]
+        found.append(geometry_baseline(*frames, "lang", 16, n_shuffles=99, seed=seed)["p"][0])
+    assert sum(p <= 0.05 for p in found) <= 4
+    blind = geometry_baseline(*frames[:2], frames[2].drop("group_id"), "lang", 16, n_shuffles=99)["p"][0]
+    assert blind < found[-1]
+
+
+def test_a_label_that_a_unit_has_alone_is_exchanged_between_units() -> None:
+    owner, topic = np.repeat([0, 1, 2, 3], 3), np.repeat([0, 0, 1, 1], 3)
+    for shuffled in _exchanged_labels(topic, owner, 20, np.random.default_rng(0)):
+        assert all(len(set(shuffled[owner == unit])) == 1 for unit in range(4))
+        assert shuffled.sum() == topic.sum()
+    assert any((part != topic).any() for part in _exchanged_labels(topic, owner, 20, np.random.default_rng(0)))

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from workbench.stats.coactivation import coactivation, cross_layer, expert_graph, trade
+from workbench.stats.coactivation import _against, coactivation, cross_layer, expert_graph, trade
 from workbench.stats.index import codes, membership
 
 
@@ -105,3 +105,20 @@ def test_a_planted_path_between_layers_is_found_whatever_the_ranks(routed) -> No
     null = cross_layer(*planted(routed, seed=5), 12, n_draws=99)
     assert null["p_adjusted"].min() > 0.01
     assert cross_layer(tokens, routing.filter(pl.col("layer") == 0), 12).is_empty()
+
+
+def test_data_that_are_one_of_the_draws_are_a_finding_in_five_percent_at_most() -> None:
+    """Standardised by the other draws alone, as once here, they were one in 141 of these 300 data sets."""
+    rng = np.random.default_rng(0)
+    sets = (rng.normal(100, 10, (40, 500)).round() for _ in range(300))
+    rejected = sum((_against(one[0], one[1:])["p_adjusted"] <= 0.05).any() for one in sets)
+    assert 4 <= rejected <= 26  # 15 expected
+
+
+def test_a_count_far_from_every_draw_has_the_least_p() -> None:
+    draws = np.random.default_rng(0).normal(100, 10, (99, 50)).round()
+    observed = np.append(np.full(49, 100), 1000)
+    found = _against(observed, draws)
+    assert found["p_adjusted"][-1] == pytest.approx(0.01)
+    assert found["z"][-1] == pytest.approx((1000 - draws[:, -1].mean()) / draws[:, -1].std(ddof=1))
+    assert found["p_adjusted"][:-1].min() > 0.05

@@ -14,8 +14,10 @@ from workbench.errors import RunError
 from workbench.io.prompts import Prompt
 from workbench.io.runs import Run
 from workbench.models import Llama
+from workbench.stats.calibration import FLOORS
 from workbench.study import Settings, run_study, write_report
 from workbench.study.examples import N_GROUPS, choose_documents
+from workbench.study.languages import language_facts, language_frames
 from workbench.study.report import draw, summarise
 
 
@@ -221,3 +223,18 @@ def test_the_lead_names_the_languages_and_what_was_done(page: str) -> None:
 def test_no_run_no_page(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"manifest\.json"):
         write_report(tmp_path)
+
+
+def test_a_run_without_router_logits_flags_nothing_by_half_of_a_pair_of_floors(
+    finished_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibrated floor of the share is 0: alone it would call every significant expert a finding."""
+    assert not finished_run.manifest["settings"]["router_logits"]
+    monkeypatch.setitem(FLOORS, (8, 2), (0.0, 0.8))
+    certain = pl.DataFrame({"layer": [0], "expert": [1], "risk_difference": [0.01], "p_adjusted": [0.001]})
+    monkeypatch.setattr("workbench.study.languages.paired_contrasts", lambda *args, **options: certain)
+    frames = language_frames(finished_run, finished_run.tokens.collect())
+    assert not frames["contrasts"]["flagged"].any()
+    assert not frames["shared"]["flagged"].any()
+    assert "calibrated" not in frames  # so no sentence says "beyond the floors"
+    assert "no router logits" in language_facts(finished_run, frames)["floors"]
