@@ -27,7 +27,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(3000)  # more than a thousand compilations
 def test_what_ships_compiles_well_for_every_architecture() -> None:
     """The ledger has every launch without a problem; the covering set and a daily sample come out as it says."""
-    done = run(str(TOOL), "--sample", "200", "--jobs", "2")
+    done = run(str(TOOL), "--sample", "40", "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) launches on sm_80, sm_86, sm_90, sm_100, gfx942", done.stdout)[1]) > 2000
     assert int(re.search(r"compiled (\d+) launches, all well", done.stdout)[1]) > 1000
