@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.hooks import ActivationCache
+from workbench.activations import ActivationCache
 from workbench.interventions import FreezeRouting, Where
 from workbench.models import Llama
 

@@ -8,7 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from workbench.io.tokens import BYTE_NAMES, CONTROL_NAMES, SPACE, Tokenizer
+from workbench.io.tokenizer_file import BYTE_NAMES, CONTROL_NAMES, SPACE
+from workbench.io.tokens import Tokenizer
 
 _ENGLISH = "assistant user system developer analysis commentary final json to the world"
 _JAPANESE = "日本 日本の 首都 東京 です 世界"

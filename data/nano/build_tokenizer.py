@@ -21,7 +21,7 @@ from recipe import N_CTX
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
 from workbench.chat import render
-from workbench.io.tokens import BYTE_NAMES, CONTROL_NAMES, SPACE
+from workbench.io.tokenizer_file import BYTE_NAMES, CONTROL_NAMES, SPACE
 
 HERE = Path(__file__).parent
 D_VOCAB = 2816

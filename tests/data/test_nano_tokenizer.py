@@ -10,7 +10,8 @@ from build_tokenizer import D_VOCAB, KEPT_WHOLE, assemble, choose_pieces
 from pieces import count_units, learn_pieces, segment
 from recipe import HERE as NANO
 
-from workbench.io.tokens import BYTE_NAMES, CONTROL_NAMES, Tokenizer
+from workbench.io.tokenizer_file import BYTE_NAMES, CONTROL_NAMES
+from workbench.io.tokens import Tokenizer
 
 SPEC = json.loads((NANO / "tokenizer.json").read_text("utf-8"))
 PIECES = [piece for piece, _ in SPEC["model"]["vocab"]]

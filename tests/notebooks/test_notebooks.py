@@ -73,9 +73,11 @@ def test_notebooks_that_compare_numbers_run_in_the_dtype_of_the_real_model(
     name: str, given: dict[str, object], tmp_path: Path
 ) -> None:
     papermill = pytest.importorskip("papermill")
-    papermill.execute_notebook(
+    done = papermill.execute_notebook(  # raises for a cell that fails
         FOLDER / f"{name}.ipynb", tmp_path / "out.ipynb", given, kernel_name="python3", cwd=tmp_path, progress_bar=False
     )
+    assert all(cell.execution_count for cell in done.cells if cell.cell_type == "code")
+    assert "bfloat16" in str([cell.get("outputs") for cell in done.cells])
 
 
 # --- the checks themselves ------------------------------------------------------------------------------------------

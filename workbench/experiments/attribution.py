@@ -17,6 +17,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from workbench.activations import ActivationCache
 from workbench.errors import ConfigError
 from workbench.experiments.attribution_sites import KINDS, Pair, Site, Versions, aligned, named, patched_metrics
 from workbench.experiments.identity import check_choices, describe_metric, describe_model
@@ -24,7 +25,7 @@ from workbench.experiments.metrics import Metric, score_rows
 from workbench.experiments.pairs import Pairs, cells_per_pass
 from workbench.experiments.result import Result
 from workbench.experiments.sweeps import staged, sweep
-from workbench.hooks import ActivationCache, HookPoint
+from workbench.hooks import HookPoint
 from workbench.models import Llama
 from workbench.models.moe import Moe
 

@@ -10,10 +10,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from workbench.activations import ActivationCache
 from workbench.errors import ShapeError
 from workbench.experiments.metrics import Metric, score_rows
 from workbench.experiments.pairs import Pairs
-from workbench.hooks import ActivationCache, HookPoint
+from workbench.hooks import HookPoint
 from workbench.interventions.where import told
 from workbench.models import Llama
 from workbench.models.moe import Moe

@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from workbench.activations import ActivationCache
 from workbench.errors import ConfigError
 from workbench.experiments.attribution_sites import Site, contribution
-from workbench.hooks import ActivationCache, HookPoint
+from workbench.hooks import HookPoint
 from workbench.models import Llama
 from workbench.models.layers import inverse_rms, wide
 from workbench.models.moe import Moe

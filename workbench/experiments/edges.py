@@ -12,6 +12,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from workbench.activations import ActivationCache
 from workbench.errors import ConfigError
 from workbench.experiments.attribution_sites import Versions, aligned, named
 from workbench.experiments.edge_nodes import (
@@ -33,7 +34,7 @@ from workbench.experiments.pairs import Pairs, cells_per_pass
 from workbench.experiments.paths import Ends, path_patching
 from workbench.experiments.result import Result
 from workbench.experiments.sweeps import staged, sweep
-from workbench.hooks import ActivationCache, HookPoint
+from workbench.hooks import HookPoint
 from workbench.models import Llama
 from workbench.models.layers import wide
 

@@ -14,11 +14,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from workbench.activations import ActivationCache
 from workbench.errors import ConfigError, InterventionError, ShapeError
 from workbench.experiments.identity import describe_model
 from workbench.experiments.metrics import Ids, column
 from workbench.experiments.result import Result
-from workbench.hooks import ActivationCache
 from workbench.models import Llama
 from workbench.models.layers import inverse_rms, wide
 from workbench.models.moe import Moe

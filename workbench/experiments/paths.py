@@ -15,6 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from workbench.activations import ActivationCache
 from workbench.errors import ConfigError
 from workbench.experiments.attribution_sites import aligned, named
 from workbench.experiments.edge_nodes import RECEIVERS, SENDERS, Node, check_node, needed, patched_readings, written
@@ -23,7 +24,7 @@ from workbench.experiments.metrics import Metric, recovered, score_rows
 from workbench.experiments.pairs import Pairs, cells_per_pass
 from workbench.experiments.result import Result
 from workbench.experiments.sweeps import sweep
-from workbench.hooks import ActivationCache, HookPoint
+from workbench.hooks import HookPoint
 from workbench.interventions.where import told
 from workbench.models import Llama
 

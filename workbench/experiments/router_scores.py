@@ -14,9 +14,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from workbench.activations import ActivationCache
 from workbench.capture import check_room, routed_layers, suitable_threads
 from workbench.errors import ConfigError
-from workbench.hooks import ActivationCache
 from workbench.models import Llama
 from workbench.models.layers import inverse_rms, wide
 

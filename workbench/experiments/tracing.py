@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from workbench.activations import ActivationCache
 from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.attribution_sites import Site, contribution
 from workbench.experiments.identity import (
@@ -25,7 +26,7 @@ from workbench.experiments.identity import (
 from workbench.experiments.metrics import Metric, TokenMetric, score_rows
 from workbench.experiments.result import Result
 from workbench.experiments.sweeps import sweep
-from workbench.hooks import ActivationCache, HookPoint
+from workbench.hooks import HookPoint
 from workbench.interventions.where import told
 from workbench.models import Llama
 from workbench.models.layers import check_mask

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workbench.activations import unknown_name
 from workbench.config import Qwen3MoeConfig
 from workbench.errors import ConfigError, HookError
-from workbench.hooks import HookFn, HookPoint, NameFilter, unknown_name
+from workbench.hooks import HookFn, HookPoint, NameFilter
 from workbench.interop.tl_weights import BlockView, no_neurons
 from workbench.models import Llama
 from workbench.models.layers import rms_norm

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from workbench.activations import unknown_name
 from workbench.errors import InterventionError
-from workbench.hooks import HookedModel, HookPoint, unknown_name
+from workbench.hooks import HookedModel, HookPoint
 from workbench.interventions.where import Batch, Where
 
 

@@ -25,11 +25,7 @@ from typing import Any, overload
 import tokenizers
 
 from workbench.errors import TokenizerError
-
-SPACE = "\u2581"
-_CONTROL_WORDS = "unk startoftext return mask endoftext cls eod sep constrain channel start end message call"  # 0-13
-CONTROL_NAMES = tuple(f"<|{word}|>" for word in _CONTROL_WORDS.split())
-BYTE_NAMES = tuple(f"<0x{value:02X}>" for value in range(256))
+from workbench.io.tokenizer_file import BYTE_NAMES, SPACE, build, read_spec
 
 
 class Tokenizer:
@@ -43,11 +39,11 @@ class Tokenizer:
 
     def __init__(self, data: bytes, source: str = "tokenizer.json") -> None:
         """`data` is the content of a tokenizer.json, `source` names it in errors; raises TokenizerError."""
-        spec = _read_spec(data, source)
+        spec = read_spec(data, source)
         self.source = source
         self.hash = hashlib.sha256(data).hexdigest()
         self.data = data
-        self._tokenizer = _build(data, source)
+        self._tokenizer = build(data, source)
         self.d_vocab: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.special_ids: dict[str, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
         self._pieces: list[str] = [piece for piece, _ in spec["model"]["vocab"]]
@@ -202,7 +198,7 @@ class Tokenizer:
                 vocab[token_id][0] = f" {token_id}"
         spec["added_tokens"] = []
         spec["model"]["byte_fallback"] = False
-        return _build(json.dumps(spec).encode(), self.source)
+        return build(json.dumps(spec).encode(), self.source)
 
 
 class StreamDecoder:
@@ -234,57 +230,6 @@ class StreamDecoder:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
-
-
-def _build(data: bytes, source: str) -> tokenizers.Tokenizer:
-    try:
-        built = tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
-        raise TokenizerError(f"{source}: expected a tokenizer the library can build, got {error}.") from None
-    # encode_literal and decoding rely on both: one dummy space in front, and no space left as it is
-    normalized = built.normalizer.normalize_str("a b") if built.normalizer else "a b"
-    if normalized != f"{SPACE}a{SPACE}b":
-        raise TokenizerError(
-            f"{source}: expected a normalizer that turns 'a b' into '{SPACE}a{SPACE}b', got {normalized!r}. "
-            "Use the tokenizer.json published with the checkpoint."
-        )
-    built.no_truncation()
-    built.no_padding()
-    return built
-
-
-def _read_spec(data: bytes, source: str) -> dict[str, Any]:
-    """Parse the file and refuse everything whose ids would be silently wrong."""
-    try:
-        spec = json.loads(data)
-        kind, byte_fallback = spec["model"]["type"], spec["model"].get("byte_fallback")
-        pieces = [piece for piece, _ in spec["model"]["vocab"]] if kind == "Unigram" else []
-        added = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TokenizerError(f"{source}: expected the JSON of a tokenizer.json, got {error!r}.") from None
-    if kind != "Unigram":
-        raise TokenizerError(
-            f"{source}: expected a Unigram model, got {kind}. A BPE saved from this vocabulary has no merges "
-            "and cuts words into characters; use the tokenizer.json published with the checkpoint."
-        )
-    if not byte_fallback:
-        raise TokenizerError(f"{source}: expected byte_fallback to be on, got off. Use the published tokenizer.json.")
-    for token_id, (name, piece) in enumerate(zip(CONTROL_NAMES, pieces, strict=False)):
-        if not name == piece == added.get(token_id):
-            raise TokenizerError(
-                f"{source}: expected id {token_id} to be {name}, got {piece!r} in the vocabulary and "
-                f"{added.get(token_id)!r} as added token. This is not a tokenizer of the LLM-jp-4 family."
-            )
-    beyond = [token_id for token_id in added if not 0 <= token_id < len(pieces) + len(added)]
-    if beyond:
-        raise TokenizerError(
-            f"{source}: expected added tokens with ids that follow the {len(pieces)} pieces without a gap, "
-            f"got {beyond[0]}. Use the published tokenizer.json."
-        )
-    missing = sorted(set(BYTE_NAMES).difference(pieces))
-    if missing:
-        raise TokenizerError(f"{source}: expected 256 byte pieces, got none for {missing[0]}. Rebuild the vocabulary.")
-    return spec
 
 
 def _check_text(text: object) -> None:

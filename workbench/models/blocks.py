@@ -8,7 +8,7 @@ as many rows as the block has, and attention runs row by row at each row's own l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -29,15 +29,19 @@ def decode_block(model: Llama, ids: Sequence[int], caches: Sequence[KVCache], n_
     n_free = n_rows - len(caches)
     tokens = torch.tensor([*ids, *[FILLER] * n_free])[:, None]  # [n_rows 1]
     n_seen = [cache.n_seen for cache in caches]
-    try:
+    with ExitStack() as undo:
+        undo.callback(_take_back, caches, n_seen)  # whatever stops it, it may be tried again
         with _rows_per_expert(model, n_rows):
             cache = CacheRows([*caches, *[None] * n_free])
             normalized = model.ln_final(model(tokens, cache=cache, stop_at_layer=model.cfg.n_layers))
-        return unembed(model, normalized)[: len(caches), 0]
-    except Exception:
-        for own, n in zip(caches, n_seen, strict=True):  # as if nothing had happened: it may be tried again
-            own.n_seen = n
-        raise
+        logits = unembed(model, normalized)[: len(caches), 0]
+        undo.pop_all()
+    return logits
+
+
+def _take_back(caches: Sequence[KVCache], n_seen: Sequence[int]) -> None:
+    for cache, n in zip(caches, n_seen, strict=True):
+        cache.n_seen = n
 
 
 def unembed(model: Llama, normalized: Tensor) -> Tensor:  # [batch pos d_model] -> float32 [... d_vocab], on the CPU

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.activations import unknown_name
 from workbench.errors import ConfigError, HookError
-from workbench.hooks import HookFn, HookPoint, only_looks, unknown_name
+from workbench.hooks import HookFn, HookPoint, only_looks
 
 if TYPE_CHECKING:
     from workbench.models.llama import Llama

@@ -9,12 +9,12 @@ import pytest
 import torch
 from closeness import assert_near, near
 
+from workbench.activations import ActivationCache
 from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.attribution import SITE_COLUMNS, _both_runs, agreement, attribution_patching
 from workbench.experiments.attribution_sites import KINDS, Site, aligned, patched_metrics
 from workbench.experiments.metrics import logit_difference
 from workbench.experiments.pairs import Pairs
-from workbench.hooks import ActivationCache
 from workbench.interventions import Interventions, ScaleExperts, Where
 from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
 

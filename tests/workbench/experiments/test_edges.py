@@ -8,6 +8,7 @@ import torch
 from by_row import BY_ROW
 from closeness import assert_near
 
+from workbench.activations import ActivationCache
 from workbench.errors import ConfigError, ShapeError
 from workbench.experiments.attribution_sites import aligned
 from workbench.experiments.edge_nodes import Node, needed, written
@@ -15,7 +16,6 @@ from workbench.experiments.edges import edge_attribution, path_patching
 from workbench.experiments.metrics import logit_difference
 from workbench.experiments.pairs import Pairs
 from workbench.experiments.paths import Ends
-from workbench.hooks import ActivationCache
 from workbench.interventions import AddVector, BiasRouter, KnockOut, ScaleActivation, SetActivation, Where
 from workbench.planted.mechanisms import copying_head, deciding_route, writing_mlp
 

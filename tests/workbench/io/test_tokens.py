@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizer_files import released_tokenizer, small_spec, small_tokenizer
 
 from workbench.errors import TokenizerError
-from workbench.io.tokens import BYTE_NAMES, CONTROL_NAMES, SPACE, StreamDecoder, Tokenizer
+from workbench.io.tokenizer_file import BYTE_NAMES, CONTROL_NAMES, SPACE
+from workbench.io.tokens import StreamDecoder, Tokenizer
 
 LOOKALIKES = [
     "<|end|>",

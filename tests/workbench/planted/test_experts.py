@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 import torch
 
+from workbench.activations import ActivationCache
 from workbench.errors import ConfigError
-from workbench.hooks import ActivationCache
 from workbench.io.saving import save_model
 from workbench.io.weights import load_model
 from workbench.models import Qwen3Moe
