@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,16 +25,21 @@ REPOSITORY = FOLDER.parent
 TIMEOUT = 900  # seconds a cell may take; a busy machine is slow
 
 
-def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with fresh outputs; the file stays as it is. Raises nbclient's CellExecutionError."""
+def execute(path: Path) -> tuple[nbformat.NotebookNode, float]:
+    """The notebook with fresh outputs, and the processor seconds of its kernel; the file stays as it is.
+
+    Raises nbclient's CellExecutionError.
+    """
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("__import__('time').process_time()"))
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook, timeout=TIMEOUT, kernel_name="python3", coalesce_streams=True,
             resources={"metadata": {"path": folder}},
         )  # fmt: skip
         client.execute(env=environment(Path(folder)))
-    return stable(notebook)
+    seconds = float(notebook.cells.pop().outputs[0].data["text/plain"])
+    return stable(notebook), seconds
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -77,14 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rewrite(path: Path) -> int:
-    began = time.monotonic()
     try:
-        notebook = execute(path)
+        notebook, seconds = execute(path)
     except Exception as error:  # of the notebook, whatever it is: the others still run
         print(f"{path.name}: {error}", file=sys.stderr)
         return 1
     nbformat.write(notebook, path)
-    print(f"{path.name}: {time.monotonic() - began:.0f} s, {path.stat().st_size / 1e3:.0f} kB", flush=True)
+    print(f"{path.name}: {seconds:.0f} processor seconds, {path.stat().st_size / 1e3:.0f} kB", flush=True)
     return 0
 
 
