@@ -59,7 +59,8 @@ def environment(folder: Path) -> dict[str, str]:
 
 def stable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Without what differs between two runs and means nothing."""
-    for cell in notebook.cells:
+    for place, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{place:02}"  # a new cell comes with a random id
         cell.metadata.pop("execution", None)
     notebook.metadata.pop("widgets", None)
     notebook.metadata.language_info = {"name": "python"}
