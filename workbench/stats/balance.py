@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from workbench.stats.index import Frame, locate
+from workbench.stats.index import Frame, codes, locate
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.resampling import Floats, block_jackknife
 
@@ -99,21 +99,59 @@ def _balance_frame(
     return frame.select(*labels, pl.all(), n_units=pl.lit(n_units))
 
 
-def auxiliary_loss(load: pl.DataFrame) -> pl.DataFrame:
-    """E sum q^2, the load part of the Switch auxiliary loss, per layer and over pooled layers: columns scope, value.
+def load_interval(counts: pl.DataFrame, by: Sequence[str], n_experts: int, unit: str = "group_id") -> pl.DataFrame:
+    """`load.expert_load` with its interval: columns *by, layer, expert, load, low, high, null, n_slots, n_units.
 
-    1 is perfectly even, E / k the worst. Rows: one per layer ("layer 3"), "mean of layers", and "pooled", which sums
-    the loads of all layers before squaring, as transformers' load_balancing_loss_func does. Expert 5 of one layer has
-    nothing to do with expert 5 of another, so pooling lets their imbalances cancel: models with a mean of 3.6 and of
-    1.5 both pool to 1.00. Never report the pooled value as balance. load: `load.expert_load` of one condition.
+    counts: `load.slot_counts` by [unit, *by]. Tokens weigh equally (this is traffic); low, high: 95%, delete-a-group
+    jackknife over units. null: 1 / E, an even router. n_slots: of the layer.
     """
-    n_experts = load["expert"].n_unique()
-    square = (pl.col("load") ** 2).sum() * n_experts
-    layers = load.group_by("layer").agg(value=square).sort("layer")
-    pooled = load.group_by("expert").agg(pl.col("load").mean()).select(square).item()
-    rows = [(f"layer {layer}", value) for layer, value in layers.rows()]
-    rows += [("mean of layers", float(layers["value"].mean())), ("pooled", pooled)]  # type: ignore[arg-type]
-    return pl.DataFrame(rows, schema=["scope", "value"], orient="row")
+    layers = counts["layer"].unique().sort().to_list()
+    groups = counts.partition_by(list(by), as_dict=True, maintain_order=True) if by else {(): counts}
+    frames = []
+    for key, part in groups.items():
+        cube = _slots_cube(part, layers, n_experts, unit)  # [unit layer expert]
+        load, low, high = block_jackknife(lambda kept, cube=cube: _shares(cube[kept].sum(0)), len(cube))  # type: ignore[misc]
+        frame = pl.DataFrame(
+            {
+                "layer": np.repeat(np.array(layers, dtype=np.int64), n_experts),
+                "expert": np.tile(np.arange(n_experts), len(layers)),
+                "load": load.ravel(),
+                "low": low.ravel(),
+                "high": high.ravel(),
+                "n_slots": np.repeat(cube.sum((0, 2)), n_experts),
+            }
+        )
+        labels = [pl.lit(value).alias(name) for name, value in zip(by, key, strict=True)]
+        frames.append(frame.select(*labels, pl.all(), null=pl.lit(1 / n_experts), n_units=pl.lit(len(cube))))
+    return pl.concat(frames)
+
+
+def _shares(slots: Floats) -> Floats:  # [... expert] -> [... expert]
+    return slots / np.maximum(slots.sum(-1, keepdims=True), 1)
+
+
+def auxiliary_loss(counts: pl.DataFrame, n_experts: int, unit: str = "group_id") -> pl.DataFrame:
+    """E sum q^2, the load part of the Switch auxiliary loss, per layer and over pooled layers: one row per scope.
+
+    counts: `load.slot_counts` by [unit] of one condition. Columns scope, value, low, high (delete-a-group jackknife
+    over units), null (1, perfectly even; E / k is the worst), n_units. Scopes: one per layer ("layer 3"), "mean of
+    layers", and "pooled", which sums the loads of all layers before squaring, as transformers'
+    load_balancing_loss_func does. Expert 5 of one layer has nothing to do with expert 5 of another, so pooling lets
+    their imbalances cancel: models with a mean of 3.6 and of 1.5 both pool to 1.00. Never report the pooled value as
+    balance.
+    """
+    layers = counts["layer"].unique().sort().to_list()
+    cube = _slots_cube(counts, layers, n_experts, unit)  # [unit layer expert]
+
+    def losses(kept: NDArray[np.bool_]) -> Floats:  # [layer + 2]
+        q = _shares(cube[kept].sum(0))
+        each = n_experts * (q**2).sum(-1)
+        return np.array([*each, each.mean(), n_experts * (q.mean(0) ** 2).sum()])
+
+    value, low, high = block_jackknife(losses, len(cube))
+    scopes = [*(f"layer {layer}" for layer in layers), "mean of layers", "pooled"]
+    columns = {"scope": scopes, "value": value, "low": low, "high": high}
+    return pl.DataFrame(columns).with_columns(null=pl.lit(1.0), n_units=pl.lit(len(cube)))
 
 
 def balance_by_scope(
@@ -123,28 +161,36 @@ def balance_by_scope(
     k: int,
     window: int = 2048,
     segments: Sequence[str] = CONTENT_SEGMENTS,
+    unit: str = "group_id",
 ) -> pl.DataFrame:
     """Balance within a document, a window of tokens, a language, and over everything: one row per layer and scope.
 
-    Columns layer, scope, entropy_corrected and gini (means over the scope's units), null_entropy (uniform router at the
-    same number of slots, by formula), n_units, mean_tokens. A router may be even over everything and uneven in every
-    document: global balance alone hides specialisation (arXiv 2505.16056).
+    Columns layer, scope, entropy_corrected and gini (means over the scope's parts) with _low and _high (95%,
+    delete-a-group jackknife over units), null_entropy (uniform router at the same number of slots, by formula),
+    n_parts, mean_tokens, n_units. A router may be even over everything and uneven in every document: global balance
+    alone hides specialisation (arXiv 2505.16056).
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
     kept = kept.with_columns(window=pl.int_range(pl.len()) // window, everything=pl.lit(0))
     frames = []
     for scope, column in (("document", "doc_id"), ("window", "window"), ("language", "lang"), ("global", "everything")):
-        counts = slot_counts(kept, routing, [column], segments)
-        layers = counts["layer"].unique().sort().to_list()
-        cube = _slots_cube(counts, layers, n_experts, column)  # [unit layer expert]
-        found = balance_measures(cube, k)
-        n_slots = cube.sum(-1)
-        null = 1 - ((n_experts - 1) / (2 * np.maximum(n_slots, 1)) / np.log(n_experts)).mean(0)
-        numbers = {name: found[name].mean(0) for name in ("entropy_corrected", "gini")}
-        shape = {"n_units": np.full(len(layers), len(cube)), "mean_tokens": n_slots.mean(0) / k}
-        frames.append(
-            pl.DataFrame({"layer": layers, "scope": [scope] * len(layers), **numbers, "null_entropy": null, **shape})
-        )
+        counts = slot_counts(kept, routing, [unit, column], segments)
+        layers, owner = counts["layer"].unique().sort().to_list(), codes(counts[unit])
+        n_units = int(owner.max(initial=-1)) + 1
+
+        def means(left: NDArray[np.bool_], counts=counts, owner=owner, layers=layers, column=column) -> Floats:
+            part = _slots_cube(counts.filter(pl.Series(left[owner])), layers, n_experts, column)
+            found = balance_measures(part, k)
+            return np.stack([found[name].mean(0) for name in ("entropy_corrected", "gini")])  # [measure layer]
+
+        (entropy, gini), low, high = block_jackknife(means, n_units)
+        n_slots = _slots_cube(counts, layers, n_experts, column).sum(-1)  # [part layer]
+        lost = ((n_experts - 1) / (2 * np.maximum(n_slots, 1)) / np.log(n_experts)).mean(0)
+        columns = {"layer": layers, "scope": [scope] * len(layers)}
+        columns |= {"entropy_corrected": entropy, "entropy_corrected_low": low[0], "entropy_corrected_high": high[0]}
+        columns |= {"gini": gini, "gini_low": low[1], "gini_high": high[1], "null_entropy": 1 - lost}
+        columns |= {"n_parts": np.full(len(layers), len(n_slots)), "mean_tokens": n_slots.mean(0) / k}
+        frames.append(pl.DataFrame(columns).with_columns(n_units=pl.lit(n_units)))
     return pl.concat(frames)
 
 
@@ -163,31 +209,41 @@ def margin_summary(
     by: Sequence[str] = (),
     near: Sequence[float] = (0.01, 0.1),
     segments: Sequence[str] = CONTENT_SEGMENTS,
+    unit: str = "group_id",
 ) -> pl.DataFrame:
-    """How narrowly experts were chosen: columns *by, layer, median, q05, ties, near_<eps> ..., mass, n_tokens, n_docs.
+    """How narrowly experts were chosen: columns *by, layer, median, q05, ties, near_<eps> ..., mass, each but the first
+    two with _low and _high; n_tokens, n_docs, n_units.
 
     The margin is the k-th minus the (k+1)-th router logit. ties: share of tokens with margin 0, whose choice is
     arbitrary; near_<eps>: share below eps, which numerical noise of that size may flip (bfloat16 runs differ by 0.1 to
-    0.6 logits, arXiv 2606.03780); mass: mean probability of the k chosen together. Empty when all experts are chosen.
+    0.6 logits, arXiv 2606.03780); mass: mean probability of the k chosen together. Intervals: 95%, delete-a-group
+    jackknife over units, which holds for quantiles too while blocks are large (Shao & Wu 1989). No null: a description.
+    Empty when all experts are chosen.
     """
-    kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).select("doc_id", "pos", *by).collect()
+    wanted = dict.fromkeys([unit, *by])
+    kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).select("doc_id", "pos", *wanted).collect()
     columns = ["doc_id", "pos", "layer", "router_margin", "router_mass"]
     rows = routing.lazy().select(columns).filter(pl.col("router_margin").is_not_null()).collect()
     place = locate(kept.select("doc_id", "pos"), rows)
-    known = pl.Series(place >= 0)
-    labels = kept.select(by)[place[place >= 0]] if by else pl.DataFrame()
-    joined = rows.filter(known).hstack(labels)
-    margin = pl.col("router_margin")
-    return (
-        joined.group_by(*by, "layer")
-        .agg(
-            median=margin.median(),
-            q05=margin.quantile(0.05),
-            ties=(margin <= 0).mean(),
-            **{f"near_{eps:g}": (margin < eps).mean() for eps in near},
-            mass=pl.col("router_mass").mean(),
-            n_tokens=pl.len(),
-            n_docs=pl.col("doc_id").n_unique(),
-        )
-        .sort(*by, "layer")
-    )
+    joined = rows.filter(pl.Series(place >= 0)).hstack(kept.select(*wanted)[place[place >= 0]])
+    keys, names = [*by, "layer"], ["median", "q05", "ties", *(f"near_{eps:g}" for eps in near), "mass"]
+    margin, owner = pl.col("router_margin"), codes(joined[unit])
+    measures = [
+        margin.median().alias("median"),
+        margin.quantile(0.05).alias("q05"),
+        (margin <= 0).mean().alias("ties"),
+        *((margin < eps).mean().alias(f"near_{eps:g}") for eps in near),
+        pl.col("router_mass").mean().alias("mass"),
+    ]
+    sizes = {"n_tokens": pl.len(), "n_docs": pl.col("doc_id").n_unique(), "n_units": pl.col(unit).n_unique()}
+    cells = joined.group_by(keys).agg(**sizes).sort(keys)
+
+    def summary(left: NDArray[np.bool_]) -> Floats:  # [cell measure], NaN where the units left have no such cell
+        found = joined.filter(pl.Series(left[owner], dtype=pl.Boolean)).group_by(keys).agg(measures)
+        return cells.join(found, on=keys, how="left", nulls_equal=True, maintain_order="left").select(names).to_numpy()
+
+    numbers = block_jackknife(summary, int(owner.max(initial=-1)) + 1)
+    labelled = zip(("", "_low", "_high"), numbers, strict=True)
+    found = {f"{name}{end}": part[:, place] for end, part in labelled for place, name in enumerate(names)}
+    ordered = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+    return cells.with_columns(**{name: pl.Series(found[name]) for name in ordered}).select(*keys, *ordered, *sizes)

@@ -96,13 +96,23 @@ def _paired(cube: Floats, n_resamples: int, seed: int) -> tuple[Floats, dict[str
     return differences, {"low": low, "high": high, "t": t, "p_adjusted": p_adjusted}
 
 
+def logit_differences(
+    cells: pl.DataFrame, axis: str, values: Sequence[str], n_experts: int, unit: str = "group_id"
+) -> tuple[Floats, Floats]:
+    """Centred router logits of `logits.logit_cells`, first condition less second [unit layer expert], and their
+    standard deviation over the tokens of both [layer expert]."""
+    cube, squares = (
+        unit_cube(cells, axis, values, n_experts, pl.col(name), unit)[2] for name in ("logit", "logit_square")
+    )
+    return cube[0] - cube[1], np.sqrt(np.maximum(_mean(squares.mean(0)) - _mean(cube.mean(0)) ** 2, 1e-12))
+
+
 def _logit_contrasts(
     cells: pl.DataFrame, axis: str, values: Sequence[str], n_experts: int, n_resamples: int, seed: int, unit: str
 ) -> pl.DataFrame:
     _, layers, cube = unit_cube(cells, axis, values, n_experts, pl.col("logit"), unit)
-    _, _, squares = unit_cube(cells, axis, values, n_experts, pl.col("logit_square"), unit)
     differences, interval = _paired(cube, n_resamples, seed)
-    spread = np.sqrt(np.maximum(_mean(squares.mean(0)) - _mean(cube.mean(0)) ** 2, 1e-12)).ravel()
+    spread = logit_differences(cells, axis, values, n_experts, unit)[1].ravel()
     difference = _mean(differences)
     return pl.DataFrame(
         {

@@ -49,23 +49,28 @@ def t_interval(values: Floats) -> tuple[Floats, Floats]:
     return mean - around, mean + around
 
 
-def sign_flip_max_t(differences: Floats, n_flips: int = 5000, seed: int = 0) -> tuple[Floats, Floats]:
+def sign_flip_max_t(
+    differences: Floats, n_flips: int = 5000, seed: int = 0, least: Floats | float = 0.0
+) -> tuple[Floats, Floats]:
     """Paired t statistics and p values adjusted for the whole family of tests at once.
 
     `differences` is [unit test], one paired difference per unit. Null: each unit's vector of differences is symmetric
     around zero, so the sign of a whole unit may be flipped. The adjusted p of a test is the share of flips whose
     largest |t| over all tests reaches its own |t|, which bounds the family-wise error (Westfall & Young 1993; Winkler
     et al. 2014, doi 10.1016/j.neuroimage.2014.01.060). The smallest p possible is max(1 / (n_flips + 1), 2^(1-unit)).
+
+    least: [test] or one number, the least squared standard error that is believed. Something rare that happened not to
+    occur in any unit has next to no spread, and its |t| would be of any size.
     """
     n_units, n_tests = differences.shape
     if n_units < 2:
         return np.full(n_tests, np.nan), np.full(n_tests, np.nan)
     squares = (differences**2).sum(0)
-    observed = _paired_t(differences.mean(0), squares, n_units)
+    observed = _paired_t(differences.mean(0), squares, n_units, least)
     signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(n_flips, n_units))
     largest = np.concatenate(
         [
-            np.abs(_paired_t(block @ differences / n_units, squares, n_units)).max(1)
+            np.abs(_paired_t(block @ differences / n_units, squares, n_units, least)).max(1)
             for block in np.array_split(signs, max(1, n_flips * n_tests // 4_000_000))
         ]
     )
@@ -75,10 +80,11 @@ def sign_flip_max_t(differences: Floats, n_flips: int = 5000, seed: int = 0) -> 
     return observed, (1 + exceeding) / (n_flips + 1)
 
 
-def _paired_t(means: Floats, squares: Floats, n_units: int) -> Floats:
+def _paired_t(means: Floats, squares: Floats, n_units: int, least: Floats | float) -> Floats:
     """mean / standard error; 0 where every difference is 0, infinite where all are equal and not 0."""
     variance = np.maximum(squares - n_units * means**2, 0) / (n_units * (n_units - 1))
     variance[variance < 1e-14 * np.maximum(squares, 1e-300)] = 0
+    variance = np.maximum(variance, least)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(means == 0, 0.0, means / np.sqrt(variance))
 

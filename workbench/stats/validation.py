@@ -13,7 +13,8 @@ import polars as pl
 from scipy.stats import rankdata
 
 from workbench.axes import SPLITS
-from workbench.stats.contrasts import flag_experts, paired_contrasts
+from workbench.errors import FrameError
+from workbench.stats.contrasts import flag_experts, logit_differences, paired_contrasts
 from workbench.stats.divergence import chance_overlap, random_halves
 from workbench.stats.load import frequency_cube
 from workbench.stats.resampling import Floats, sign_flip_max_t, t_interval
@@ -29,6 +30,8 @@ def discover_and_validate(
     alpha: float = 0.05,
     n_resamples: int = 2000,
     seed: int = 0,
+    logits: pl.DataFrame | None = None,
+    logit_floor: float | None = None,
 ) -> pl.DataFrame:
     """Flag experts on the discovery groups, then test only these on the validation groups.
 
@@ -36,11 +39,15 @@ def discover_and_validate(
     `flag_experts`): layer, expert, discovery_difference, risk_difference, low, high, t, p_adjusted (validation groups;
     max-T over the flagged experts only), replicated, n_groups, n_tests. replicated: p_adjusted <= alpha and the same
     sign. Null: as `paired_contrasts`, on groups that had no part in choosing.
+
+    logits (`logits.logit_cells` by [group_id, axis]) and logit_floor: floors are calibrated as a pair, so a risk_floor
+    of 0 says little without them. They take part in choosing; what is tested on validation is the share.
     """
-    labelled = counts.join(splits.select("group_id", "split").unique(), on="group_id")
-    discovery, validation = (labelled.filter(pl.col("split") == split).drop("split") for split in SPLITS)
-    found = paired_contrasts(discovery, axis, values, n_experts, n_resamples=n_resamples, seed=seed)
-    flagged = flag_experts(found, risk_floor, alpha=alpha).filter("flagged")
+    halves = splits.select("group_id", "split").unique()
+    discovery, validation = (_of_split(counts, halves, split) for split in SPLITS)
+    cells = None if logits is None else _of_split(logits, halves, SPLITS[0])
+    found = paired_contrasts(discovery, axis, values, n_experts, cells, n_resamples=n_resamples, seed=seed)
+    flagged = flag_experts(found, risk_floor, logit_floor, alpha).filter("flagged")
     groups, layers, cube = frequency_cube(validation, axis, values, n_experts)
     place = {layer: number for number, layer in enumerate(layers)}
     chosen = [(place[layer], expert) for layer, expert in flagged.select("layer", "expert").rows() if layer in place]
@@ -64,6 +71,10 @@ def discover_and_validate(
         n_groups=pl.lit(len(groups)),
         n_tests=pl.lit(len(chosen)),
     )
+
+
+def _of_split(frame: pl.DataFrame, halves: pl.DataFrame, split: str) -> pl.DataFrame:
+    return frame.join(halves.filter(pl.col("split") == split).select("group_id"), on="group_id", how="semi")
 
 
 def split_half_reliability(
@@ -110,18 +121,36 @@ def selection_stability(
     risk_floor: float,
     n_resamples: int = 100,
     seed: int = 0,
+    logits: pl.DataFrame | None = None,
+    logit_floor: float = 0.0,
 ) -> pl.DataFrame:
-    """In what share of half-sized subsamples of the groups each expert passes the floor: layer, expert, stability.
+    """In what share of half-sized subsamples of the groups each expert passes the floors: layer, expert, stability.
 
     Stability selection (Meinshausen & Buhlmann 2010, doi 10.1111/j.1467-9868.2010.00740.x) with the rule |mean risk
-    difference| >= floor and the sign of all groups together. Keep experts of at least 0.8.
+    difference| >= floor and the sign of all groups together. With `logits` (`logits.logit_cells` by [group_id, axis])
+    the centred router logit must also differ by logit_floor of its standard deviations over tokens, in the same sense.
+    Keep experts of at least 0.8. Raises FrameError for floors of 0: about any half then has the sign of the whole.
     """
+    if risk_floor <= 0 and (logits is None or logit_floor <= 0):
+        raise FrameError(
+            f"floors: expected one above 0, got risk_floor {risk_floor:g} and logit_floor "
+            f"{'without logits' if logits is None else f'{logit_floor:g}'}. Pass logits and their floor too."
+        )
     groups, layers, cube = frequency_cube(counts, axis, values, n_experts)
-    differences = cube[0] - cube[1]  # [group layer expert]
     halves = random_halves(len(groups), n_resamples, seed)[0]
-    means = np.tensordot(halves, differences, axes=1) / np.maximum(halves.sum(1), 1)[:, None, None]
+    halves = halves / np.maximum(halves.sum(1, keepdims=True), 1)
+    differences = cube[0] - cube[1]  # [group layer expert]
     sign = np.sign(differences.mean(0)) if groups else np.zeros(cube.shape[2:])
-    passed = (means * sign >= risk_floor).mean(0)  # [layer expert]
+    passes = np.tensordot(halves, differences, axes=1) * sign >= risk_floor  # [resample layer expert]
+    if logits is not None:
+        difference, spread = logit_differences(logits, axis, values, n_experts)
+        if len(difference) != len(groups):
+            raise FrameError(
+                f"logits: expected the {len(groups)} groups of the counts, got {len(difference)}. Pass cells of the same "
+                "tokens."
+            )
+        passes &= np.tensordot(halves, difference, axes=1) / spread * sign >= logit_floor
+    passed = passes.mean(0)
     return pl.DataFrame(
         {
             "layer": np.repeat(np.array(layers, dtype=np.int64), n_experts),

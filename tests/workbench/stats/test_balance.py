@@ -9,6 +9,7 @@ from workbench.stats.balance import (
     balance,
     balance_by_scope,
     balance_measures,
+    load_interval,
     lorenz_curve,
     margin_summary,
 )
@@ -59,18 +60,33 @@ def test_jackknife_intervals_of_the_entropy_cover_its_long_run_value(draw) -> No
 
 
 def test_pooling_over_layers_hides_what_every_layer_shows() -> None:
-    rows = [(layer, expert, 1.0 if expert == layer else 0.0) for layer in range(4) for expert in range(4)]
-    table = auxiliary_loss(pl.DataFrame(rows, schema=["layer", "expert", "load"], orient="row"))
-    values = dict(table.rows())
-    assert values["mean of layers"] == 4.0
-    assert values["layer 2"] == 4.0
-    assert values["pooled"] == 1.0
+    rows = [(group, layer, layer, 10) for group in range(5) for layer in range(4)]
+    counts = pl.DataFrame(rows, schema=["group_id", "layer", "expert", "slots"], orient="row")
+    table = auxiliary_loss(counts, n_experts=4)
+    values = {scope: (value, low, high) for scope, value, low, high, *_ in table.rows()}
+    assert values["mean of layers"] == (4.0, 4.0, 4.0)
+    assert values["layer 2"] == (4.0, 4.0, 4.0)
+    assert values["pooled"] == (1.0, 1.0, 1.0)
+    assert table["n_units"].unique().to_list() == [5]
+
+
+def test_the_interval_of_a_load_holds_as_often_as_it_says(draw) -> None:
+    """Experts of these texts are alike in the long run, so that every load is 1 / 8 with endless text."""
+    held = []
+    for seed in range(40):
+        counts = slot_counts(*draw(n_groups=30, n_tokens=20, n_layers=2, n_experts=8, k=2, seed=seed), ["group_id"])
+        found = load_interval(counts, [], 8)
+        assert found.group_by("layer").agg(pl.col("load").sum())["load"].to_list() == pytest.approx([1.0, 1.0])
+        held.append((found["low"] <= 1 / 8) & (found["high"] >= 1 / 8))
+    assert 0.9 <= pl.concat(held).mean() <= 0.99  # type: ignore[operator]
+    assert set(found["null"]) == {1 / 8}
+    assert set(found["n_units"]) == {30}
 
 
 def test_documents_may_be_uneven_while_everything_together_is_even() -> None:
     tokens = pl.DataFrame(
-        [(f"d{doc}", pos, "ja" if doc < 4 else "en", "user") for doc in range(8) for pos in range(200)],
-        schema=["doc_id", "pos", "lang", "segment"], orient="row",
+        [(f"d{doc}", f"g{doc}", pos, "ja" if doc < 4 else "en", "user") for doc in range(8) for pos in range(200)],
+        schema=["doc_id", "group_id", "pos", "lang", "segment"], orient="row",
     )  # fmt: skip
     owner = tokens["doc_id"].str.slice(1).cast(pl.Int64)
     routing = tokens.select("doc_id", "pos", layer=pl.lit(0), expert_ids=pl.concat_list(owner))
@@ -80,7 +96,22 @@ def test_documents_may_be_uneven_while_everything_together_is_even() -> None:
     assert found["window"]["entropy_corrected"] == pytest.approx(1 / 3, abs=0.01)
     assert found["language"]["entropy_corrected"] == pytest.approx(2 / 3, abs=0.01)
     assert found["global"]["entropy_corrected"] == pytest.approx(1, abs=0.01)
-    assert (found["document"]["n_units"], found["window"]["n_units"], found["global"]["mean_tokens"]) == (8, 4, 1600)
+    assert (found["document"]["n_parts"], found["window"]["n_parts"], found["global"]["mean_tokens"]) == (8, 4, 1600)
+    assert found["document"]["entropy_corrected_high"] == 0  # every document has one expert, whichever is left out
+    assert found["global"]["n_units"] == 8
+
+
+def test_documents_of_one_taste_leave_balance_uncertain_at_every_scope(draw) -> None:
+    scopes = balance_by_scope(*draw(n_groups=12, n_tokens=40, n_layers=2, n_experts=8, k=2, seed=0), 8, 2, window=100)
+    for name in ("entropy_corrected", "gini"):
+        low, value, high = (scopes[f"{name}{end}"] for end in ("_low", "", "_high"))
+        assert ((low < value) & (value < high)).all()
+    wide = scopes.with_columns(width=pl.col("gini_high") - pl.col("gini_low")).group_by("scope").agg(pl.all().mean())
+    assert dict(wide.select("scope", "n_units").rows())["window"] == 12
+    assert (
+        wide.filter(pl.col("scope") == "document")["gini"].item()
+        > wide.filter(pl.col("scope") == "global")["gini"].item()
+    )
 
 
 def test_lorenz_runs_from_nothing_to_everything(tiny) -> None:
@@ -99,3 +130,15 @@ def test_margins_by_hand(tiny) -> None:
     assert (japanese["n_tokens"], japanese["n_docs"], japanese["mass"]) == (2, 1, 0.5)
     none = margin_summary(tokens, routing.with_columns(router_margin=pl.lit(None, dtype=pl.Float64)))
     assert none.is_empty()
+
+
+def test_the_interval_of_near_ties_holds_as_often_as_it_says(draw) -> None:
+    def near(seed: int, n_groups: int) -> dict:
+        frames = draw(n_groups=n_groups, n_tokens=20, n_layers=1, n_experts=8, k=2, seed=seed)
+        return margin_summary(*frames).row(0, named=True)
+
+    truth, found = near(999, 600), [near(seed, 30) for seed in range(40)]
+    for name in ("near_0.1", "median", "mass"):
+        covered = [one[f"{name}_low"] <= truth[name] <= one[f"{name}_high"] for one in found]
+        assert np.mean(covered) >= 0.85
+    assert found[0]["n_units"] == 30

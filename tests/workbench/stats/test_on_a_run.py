@@ -31,7 +31,7 @@ from workbench.stats import (
     validation,
 )
 from workbench.stats.contrasts import paired_contrasts
-from workbench.stats.load import CONTENT_SEGMENTS, expert_load, slot_counts
+from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.study import Settings, run_study
 
 BOTH, E, K = ("ja", "en"), 8, 2
@@ -81,6 +81,7 @@ def test_every_measure_takes_what_a_run_holds_and_says_on_how_much_it_rests(run:
         "halves": validation.split_half_reliability(counts, "lang", BOTH, E),
         "stability": validation.selection_stability(counts, "lang", BOTH, E, 0.1),
         "balance": balance.balance(counts, ["lang"], E, K),
+        "load": balance.load_interval(counts, ["lang"], E),
         "scopes": balance.balance_by_scope(tokens, routing, E, K, window=64),
         "margins": balance.margin_summary(tokens, routing, ["lang"]),
         "information": information.decompose_routing(tokens, routing, n_shuffles=3),
@@ -113,8 +114,8 @@ def test_every_measure_takes_what_a_run_holds_and_says_on_how_much_it_rests(run:
     assert drift.router_drift(drift.match_experts(rows, rows))["same"].to_list() == [1.0, 1.0]
     assert not contribution.super_experts(expert_peaks(small, ids[:4])).is_empty()
     assert not baselines.committee(cells, "lang", E, K).is_empty()
-    assert balance.auxiliary_loss(expert_load(slot_counts(tokens, routing, ["lang"]), ["lang"], E).filter(
-        pl.col("lang") == "ja"))["scope"].to_list() == ["layer 0", "layer 1", "mean of layers", "pooled"]  # fmt: skip
+    scopes = balance.auxiliary_loss(counts.filter(pl.col("lang") == "ja"), E)["scope"].to_list()
+    assert scopes == ["layer 0", "layer 1", "mean of layers", "pooled"]
 
 
 def test_padding_enters_no_statistic(run: Run, small: Llama, prompts: list[Prompt], tmp_path) -> None:

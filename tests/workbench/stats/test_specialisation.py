@@ -44,6 +44,22 @@ def test_no_value_is_special_on_null_data(words) -> None:
     assert rejected <= 2
 
 
+def test_a_value_with_one_token_of_a_group_is_not_special_by_chance(draw) -> None:
+    rejected, missed = 0, []
+    for seed in range(12):
+        tokens, routing = draw(n_groups=20, n_tokens=20, n_layers=1, n_experts=64, k=4, seed=seed)
+        first = tokens.with_columns(
+            place=pl.when((pl.col("pos") == 7) & (pl.col("lang") == "ja"))
+            .then(pl.lit("seventh"))
+            .otherwise(pl.lit("other"))
+        )
+        found = specialisation(first, routing, "place", 64, n_resamples=300).filter(pl.col("value") == "seventh")
+        rejected += bool((found["p_adjusted"] <= 0.05).any())
+        missed.append(((found["low"] > 0) | (found["high"] < 0)).mean())
+    assert rejected <= 2
+    assert np.mean(missed) <= 0.05  # intervals too: an expert that met none of the twenty differs from nothing
+
+
 def test_vocabulary_is_load_corrected(words) -> None:
     tokens, routing, _ = words(n_groups=40)
     by_word = tokens.select("doc_id", "pos", layer=pl.lit(0), expert_ids=pl.concat_list(pl.col("token_id") % 16))

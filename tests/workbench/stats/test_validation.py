@@ -3,8 +3,10 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
+from workbench.errors import FrameError
 from workbench.stats.contrasts import paired_contrasts
 from workbench.stats.load import slot_counts
+from workbench.stats.logits import logit_cells
 from workbench.stats.validation import (
     discover_and_validate,
     equivalent_experts,
@@ -72,6 +74,25 @@ def test_stability_tells_a_planted_expert_from_noise(counts: pl.DataFrame) -> No
     stability = selection_stability(counts, "lang", BOTH, 16, risk_floor=0.1)
     assert stability.filter(pl.col("expert") == 0)["stability"].item() == 1.0
     assert stability.filter(pl.col("expert") > 0)["stability"].max() < 0.8
+
+
+def test_where_the_floor_of_the_share_is_nothing_the_logit_decides(words) -> None:
+    """Floors are calibrated as a pair, and that of the share may be 0 (docs/calibration.md)."""
+    tokens, routing, shards = words(context=1.5, n_groups=40)
+    counts = slot_counts(tokens, routing, ["group_id", "lang"])
+    cells = logit_cells(shards, tokens, ["group_id", "lang"])
+    with pytest.raises(FrameError, match="expected one above 0, got risk_floor 0 and logit_floor without logits"):
+        selection_stability(counts, "lang", BOTH, 16, 0.0)
+    stability = selection_stability(counts, "lang", BOTH, 16, 0.0, logits=cells, logit_floor=0.8)
+    assert dict(stability.select("expert", "stability").rows()) == {0: 1.0} | dict.fromkeys(range(1, 16), 0.0)
+    lax = discover_and_validate(counts, halves(counts), "lang", BOTH, 16, 0.0)
+    found = discover_and_validate(counts, halves(counts), "lang", BOTH, 16, 0.0, logits=cells, logit_floor=0.8)
+    assert found["expert"].to_list() == [0]  # the others are displaced by it, and no push of their own differs
+    assert set(lax["expert"]) > {0}
+    assert found["replicated"].all()
+    with pytest.raises(FrameError, match="expected the 40 groups of the counts, got 20"):
+        some = cells.filter(pl.col("group_id") < "0020")
+        selection_stability(counts, "lang", BOTH, 16, 0.0, logits=some, logit_floor=0.8)
 
 
 def test_sharing_is_a_claim_of_its_own(counts: pl.DataFrame) -> None:
