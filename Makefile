@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := workbench kernels tests data notebooks
 
+# File by file, in order: the longest lie first. The default would start files of a single test last, however long.
+SPREAD := --dist loadfile --no-loadscope-reorder
+
 TRITONS := $(VENV)/tritons
 OLD_TRITON := 3.6.0
 
@@ -52,10 +55,10 @@ demo: $(VENV)/base
 	$(BIN)/workbench study --out runs/demo
 
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not browser and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 $(SPREAD) -m "not slow and not browser and not gpu"
 
 slow: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 12 -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 $(SPREAD) --durations 12 -m "slow and not gpu"
 
 browser: $(VENV)/dev
 	@sh .ci/install-chromium

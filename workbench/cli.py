@@ -217,7 +217,12 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     add("--template", choices=("harmony", "plain"), help="default: harmony if the model has a chat template")
     add_runtime(command)
     add("--router-logits", action=toggle, default=True, help="keep the router logits of all experts (default: yes)")
-    add("--experts", action=toggle, default=False, help="also remove and force experts, see what they write (minutes)")
+    add(
+        "--experts",
+        action=toggle,
+        default=True,
+        help="also remove and force experts, see what they write (default: yes)",
+    )
     add("--header-swap", nargs="*", default=(), choices=("effort", "channel"), help="read again with another header")
     add("--compare", metavar="MODEL", help="another checkpoint of the same lineage, on the same tokens")
     add("--norms", action="store_true", help="also measure how much each chosen expert adds")

@@ -16,7 +16,7 @@ def test_study_and_report_on_a_checkpoint(
 ) -> None:
     checkpoint, prompts = saved
     out = tmp_path / "run"
-    command = ["study", str(checkpoint), "--prompts", str(prompts), "--out", str(out), "--limit", "2"]
+    command = ["study", str(checkpoint), "--prompts", str(prompts), "--out", str(out), "--limit", "2", "--no-experts"]
     chat = ["--template", "harmony", "--efforts", "low,high", "--max-new-tokens", "3", "--batch-size", "4"]
     assert cli.main([*command, *chat]) == 0
     assert capsys.readouterr().out.strip() == str(out / "report.html")
@@ -34,7 +34,10 @@ def test_study_and_report_on_a_checkpoint(
 
 def test_a_checkpoint_without_chat_template_is_read_as_plain_text(saved: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint, prompts = saved
-    assert cli.main(["study", str(checkpoint), "--prompts", str(prompts), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        cli.main(["study", str(checkpoint), "--prompts", str(prompts), "--out", str(tmp_path / "run"), "--no-experts"])
+        == 0
+    )
     assert Run.open(tmp_path / "run").manifest["settings"]["template"] == "plain"
 
 

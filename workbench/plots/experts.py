@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from workbench.plots.distributions import layer_curves
-from workbench.plots.theme import GREY, colour, figure, ordered
+from workbench.plots.theme import GREY, colour, figure, layer_step, looks, ordered
 
 FACTORS = {
     "token_id": ("token identity", "#2b86c5"),
@@ -72,6 +72,74 @@ def factor_bars(bits: pl.DataFrame) -> go.Figure:
     fig.update_layout(barmode="stack", bargap=0.3)
     fig.update_xaxes(title_text="layer", dtick=1)
     fig.update_yaxes(title_text="bits per slot")
+    return fig
+
+
+AXES = {
+    "lang": "language",
+    "topic": "topic",
+    "token_class": "kind of token",
+    "segment": "part of the conversation",
+    "effort": "effort",
+    "phase": "read or written",
+    "position_bin": "position from",
+}
+
+
+def preference_bars(preferences: pl.DataFrame) -> go.Figure:
+    """How many experts of a layer prefer some value of an axis: bars per layer, one colour per axis.
+
+    preferences: rows of `stats.specialisation.specialisation` that count, with a column `axis`; an expert counts once.
+    """
+    counts = preferences.group_by("axis", "layer").agg(n=pl.col("expert").n_unique()).sort("layer")
+    fig = figure(height=360)
+    axes = [axis for axis in AXES if axis in set(counts["axis"])]
+    for axis, look in looks(axes).items():
+        part = counts.filter(pl.col("axis") == axis)
+        fig.add_trace(
+            go.Bar(
+                x=part["layer"], y=part["n"], name=AXES[axis],
+                marker={"color": look.colour, "pattern": {"shape": PATTERNS[axes.index(axis) % len(PATTERNS)]}},
+                hovertemplate=f"{AXES[axis]}<br>layer %{{x}}: %{{y}} experts<extra></extra>",
+            )
+        )  # fmt: skip
+    fig.update_layout(barmode="group", bargap=0.25)
+    fig.update_xaxes(title_text="layer", dtick=layer_step(counts["layer"].n_unique()))
+    fig.update_yaxes(title_text="experts")
+    return fig
+
+
+PATTERNS = ("", "/", "x", ".", "-", "+", "|")  # colours alone do not tell seven things apart
+
+
+NULLS = {
+    "word_overlap": "neighbours whose two words also meet elsewhere",
+    "word_null": "the same two words, of different texts",
+    "load_null": "by load alone",
+}
+
+
+def persistence_curves(persistence: pl.DataFrame) -> go.Figure:
+    """Experts that neighbouring tokens share, beside what the two words and what load alone would give.
+
+    `persistence` comes from `stats.dynamics.persistence`.
+    """
+    parts = [("overlap", "low", "high", "neighbours")]
+    parts += [(name, name, name, text) for name, text in NULLS.items()]
+    frames = [
+        persistence.select("layer", mean=value, low=low, high=high, what=pl.lit(text))
+        for value, low, high, text in parts
+    ]
+    return layer_curves(pl.concat(frames), "what", "share of experts in common")
+
+
+def overlap_curves(overlap: pl.DataFrame, n: int) -> go.Figure:
+    """Jaccard index of the n most used experts of two languages, within one, and by chance. `stats.top_overlap`."""
+    part = overlap.filter(pl.col("n") == n)
+    names = {"between": "between languages", "within": "within a language", "chance": "by chance"}
+    frames = [part.select("layer", mean=value, what=pl.lit(name)) for value, name in names.items()]
+    fig = layer_curves(pl.concat(frames), "what", f"overlap of the {n} most used (Jaccard)")
+    fig.update_yaxes(range=[0, 1.02])
     return fig
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from workbench.stats.index import Frame, codes, locate
+from workbench.stats.index import Frame, Ints, codes, locate
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.resampling import Floats, block_jackknife
 
@@ -178,20 +178,31 @@ def balance_by_scope(
         layers, owner = counts["layer"].unique().sort().to_list(), codes(counts[unit])
         n_units = int(owner.max(initial=-1)) + 1
 
-        def means(left: NDArray[np.bool_], counts=counts, owner=owner, layers=layers, column=column) -> Floats:
-            part = _slots_cube(counts.filter(pl.Series(left[owner])), layers, n_experts, column)
-            found = balance_measures(part, k)
-            return np.stack([found[name].mean(0) for name in ("entropy_corrected", "gini")])  # [measure layer]
-
+        means = _mean_balance(counts, column, layers, n_experts, k, owner)
         (entropy, gini), low, high = block_jackknife(means, n_units)
         n_slots = _slots_cube(counts, layers, n_experts, column).sum(-1)  # [part layer]
         lost = ((n_experts - 1) / (2 * np.maximum(n_slots, 1)) / np.log(n_experts)).mean(0)
-        columns = {"layer": layers, "scope": [scope] * len(layers)}
-        columns |= {"entropy_corrected": entropy, "entropy_corrected_low": low[0], "entropy_corrected_high": high[0]}
+        columns = {"entropy_corrected": entropy, "entropy_corrected_low": low[0], "entropy_corrected_high": high[0]}
         columns |= {"gini": gini, "gini_low": low[1], "gini_high": high[1], "null_entropy": 1 - lost}
         columns |= {"n_parts": np.full(len(layers), len(n_slots)), "mean_tokens": n_slots.mean(0) / k}
-        frames.append(pl.DataFrame(columns).with_columns(n_units=pl.lit(n_units)))
+        frame = pl.DataFrame({"layer": layers}).with_columns(
+            scope=pl.lit(scope), **{name: pl.Series(values) for name, values in columns.items()}
+        )
+        frames.append(frame.with_columns(n_units=pl.lit(n_units)))
     return pl.concat(frames)
+
+
+def _mean_balance(
+    counts: pl.DataFrame, column: str, layers: list[int], n_experts: int, k: int, owner: Ints
+) -> Callable[[NDArray[np.bool_]], Floats]:
+    """A function of the units to keep, giving the mean over parts of (entropy_corrected, gini): [2 layer]."""
+
+    def means(kept: NDArray[np.bool_]) -> Floats:
+        part = _slots_cube(counts.filter(pl.Series(kept[owner])), layers, n_experts, column)
+        found = balance_measures(part, k)
+        return np.stack([found[name].mean(0) for name in ("entropy_corrected", "gini")])
+
+    return means
 
 
 def lorenz_curve(load: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:

@@ -207,6 +207,8 @@ def layer_consistency(
 
 
 def _correlation(values: Floats) -> Floats:  # [pair layer] -> [layer layer]
+    if not len(values):
+        return np.full((values.shape[1],) * 2, np.nan)
     centred = values - values.mean(0)
     scale = np.sqrt((centred**2).sum(0))
     return centred.T @ centred / np.maximum(np.outer(scale, scale), 1e-12)

@@ -88,9 +88,12 @@ def match_length(
     )
 
 
-def matching_summary(tokens: Frame, matched: pl.DataFrame, axis: str, unit: str = "group_id") -> pl.DataFrame:
-    """How much of the text a matching kept: columns axis, n_tokens, n_kept, share, n_units, n_units_kept."""
-    everything = tokens.lazy().collect()
+def matching_summary(
+    tokens: Frame, matched: pl.DataFrame, axis: str, unit: str = "group_id", segments: Sequence[str] = CONTENT_SEGMENTS
+) -> pl.DataFrame:
+    """How much of the text a matching kept: columns axis, n_tokens (of `segments`), n_kept, share, n_units,
+    n_units_kept."""
+    everything = select_tokens(tokens, segments)
 
     def count(frame: pl.DataFrame, suffix: str) -> pl.DataFrame:
         names = {f"n_{suffix}": pl.len(), f"n_units_{suffix}": pl.col(unit).n_unique()}

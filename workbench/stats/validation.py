@@ -146,8 +146,8 @@ def selection_stability(
         difference, spread = logit_differences(logits, axis, values, n_experts)
         if len(difference) != len(groups):
             raise FrameError(
-                f"logits: expected the {len(groups)} groups of the counts, got {len(difference)}. Pass cells of the same "
-                "tokens."
+                f"logits: expected the {len(groups)} groups of the counts, got {len(difference)}. "
+                "Pass cells of the same tokens."
             )
         passes &= np.tensordot(halves, difference, axes=1) / spread * sign >= logit_floor
     passed = passes.mean(0)

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from workbench.io.runs import Run
+from workbench.plots.experts import AXES
 from workbench.plots.report import Card, Fact
 from workbench.plots.theme import NAMES
+from workbench.stats.coactivation import expert_graph
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.specialisation import top_tokens
+from workbench.study.measures import clear_preferences
 
 MAX_CARDS = 512  # of a larger model only the flagged and the most used experts get one
 N_CONTEXTS = 3
@@ -60,7 +63,7 @@ def contexts(run: Run, tokens: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=names, orient="row")
 
 
-def atlas_cards(frames: Mapping[str, pl.DataFrame], n_experts: int) -> list[Card]:
+def atlas_cards(frames: Mapping[str, pl.DataFrame]) -> list[Card]:
     """Cards in order of layer and expert; sentences are filled from frames, and what was not measured is left out."""
     load = frames["load_by_language"].group_by("layer", "expert").agg(pl.col("slots").sum())
     places = load.sort("layer", "expert")
@@ -68,14 +71,26 @@ def atlas_cards(frames: Mapping[str, pl.DataFrame], n_experts: int) -> list[Card
         flagged = _flagged(frames).select("layer", "expert", pl.lit(True).alias("first"))
         ranked = places.join(flagged, on=["layer", "expert"], how="left").sort("first", "slots", descending=True)
         places = ranked.head(MAX_CARDS).sort("layer", "expert")
-    index = {name: _by_place(frames[name]) for name in _USED if name in frames}
-    uniform = 1 / n_experts
-    return [
-        _card(layer, expert, slots, uniform, index) for layer, expert, slots in places.select(pl.nth(0, 1, 2)).rows()
+    shown = {**frames, "preferred": clear_preferences(frames["preferences"]), "companions": companions(frames["pairs"])}
+    index = {name: _by_place(shown[name]) for name in _USED if not shown.get(name, pl.DataFrame()).is_empty()}
+    return [_card(layer, expert, index) for layer, expert in places.select("layer", "expert").rows()]
+
+
+def companions(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Both ends of every pair chosen together more than the null allows: layer, expert, other, log2_lift, p_adjusted,
+    most first."""
+    _, edges = expert_graph(pairs, min_log2_lift=0.0)
+    ends = [
+        edges.select("layer", pl.col(a).alias("expert"), pl.col(b).alias("other"), "log2_lift", "p_adjusted")
+        for a, b in (("expert", "other"), ("other", "expert"))
     ]
+    return pl.concat(ends).sort("log2_lift", descending=True)
 
 
-_USED = ("load_by_language", "shared", "contrasts", "use", "words", "writes", "removal", "audit", "contexts", "peaks")
+_USED = (
+    "load", "shared", "contrasts", "stability", "preferred", "companions", "committee", "use", "words", "writes",
+    "contribution", "removal", "audit", "contexts", "peaks",
+)  # fmt: skip
 Rows = Mapping[tuple[int, int], Sequence[dict]]
 
 
@@ -93,12 +108,19 @@ def _flagged(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     )
 
 
-def _card(layer: int, expert: int, slots: int, uniform: float, index: Mapping[str, Rows]) -> Card:
+def _card(layer: int, expert: int, index: Mapping[str, Rows]) -> Card:
     def rows(name: str) -> Sequence[dict]:
         return index.get(name, {}).get((layer, expert), [])
 
-    facts = [Fact("load", _load(rows("load_by_language"), uniform))]
-    facts += [Fact("prefers", text) for text in (_prefers(rows("shared") or rows("contrasts")),) if text]
+    facts = [Fact("load", _load(rows("load")))]
+    facts += [
+        Fact("prefers", text) for text in (_prefers(rows("shared") or rows("contrasts"), rows("stability")),) if text
+    ]
+    facts += [Fact("also prefers", text) for text in (_also(rows("preferred")),) if text]
+    if rows("companions"):
+        near = [f"expert {row['other']} (2^{row['log2_lift']:+.1f} times chance)" for row in rows("companions")[:3]]
+        facts.append(Fact("together with", ", ".join(near)))
+    facts += [Fact("committee", _standing(row)) for row in rows("committee") if row["committee"]]
     if rows("use"):
         used = sorted(rows("use"), key=lambda row: -row["f"])
         facts.append(Fact("where", ", ".join(f"{row['segment']} {row['f']:.0%}" for row in used[:4]) + " of tokens"))
@@ -108,6 +130,7 @@ def _card(layer: int, expert: int, slots: int, uniform: float, index: Mapping[st
         if row["raises"]:
             facts.append(Fact("raises", "  ".join(map(repr, row["raises"]))))
             facts.append(Fact("lowers", "  ".join(map(repr, row["lowers"]))))
+    facts += [Fact("adds", _adds(row)) for row in rows("contribution") if row["n_slots"]]
     facts += [Fact("removed", _removed(row)) for row in rows("removal")]
     facts += [Fact(f"audit, {row['kind']}", _audited(row)) for row in rows("audit")]
     facts += [Fact("super expert", f"peak output {row['peak']:.0f}") for row in rows("peaks") if row["super"]]
@@ -116,15 +139,16 @@ def _card(layer: int, expert: int, slots: int, uniform: float, index: Mapping[st
     return Card(layer, expert, facts, shown, is_flagged)
 
 
-def _load(rows: Sequence[dict], uniform: float) -> str:
+def _load(rows: Sequence[dict]) -> str:
     parts = [
-        f"{NAMES.get(row['lang'], row['lang'])} {row['load']:.1%} of slots ({row['load'] / uniform:.1f}x uniform)"
+        f"{NAMES.get(row['lang'], row['lang'])} {row['load']:.1%} of slots [{row['low']:.1%}, {row['high']:.1%}] "
+        f"({row['load'] / row['null']:.1f}x uniform)"
         for row in rows
     ]
     return ", ".join(parts)
 
 
-def _prefers(rows: Sequence[dict]) -> str:
+def _prefers(rows: Sequence[dict], stability: Sequence[dict]) -> str:
     """How sure, in one sentence; a difference that is not flagged is called none."""
     if not rows or rows[0]["risk_difference"] is None:
         return ""
@@ -136,7 +160,31 @@ def _prefers(rows: Sequence[dict]) -> str:
         numbers += f", logit {row['logit_d']:+.2f} sd"
     if not row["flagged"]:
         return f"no language beyond the floors (JA - EN {numbers})"
-    return f"{NAMES['ja' if row['side'] > 0 else 'en']} (JA - EN {numbers})"
+    kept = f"; beyond the floors in {stability[0]['stability']:.0%} of half samples" if stability else ""
+    return f"{NAMES['ja' if row['side'] > 0 else 'en']} (JA - EN {numbers}){kept}"
+
+
+def _also(rows: Sequence[dict]) -> str:
+    """The three largest preferences apart from language."""
+    shown = [row for row in rows if row["axis"] != "lang"][:3]
+    return "; ".join(
+        f"{AXES[row['axis']]} {row['value']} {row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        for row in shown
+    )
+
+
+def _standing(row: dict) -> str:
+    return (
+        f"among the first k in {row['in_top']:.0%} of {row['n_conditions']} topics, with {row['eci']:.1%} of the "
+        f"probability [{row['eci_low']:.1%}, {row['eci_high']:.1%}]"
+    )
+
+
+def _adds(row: dict) -> str:
+    return (
+        f"|g E(x)| {row['reap']:.2f} [{row['reap_low']:.2f}, {row['reap_high']:.2f}] where chosen, "
+        f"{row['relative']:.1f} times the layer's mean; {row['output_share']:.1%} of all that the layer's experts add"
+    )
 
 
 def _removed(row: dict) -> str:

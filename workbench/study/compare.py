@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import polars as pl
 
-from workbench.capture import capture_routing, routed_layers, suitable_threads
+from workbench.capture import routed_layers
 from workbench.errors import RunError
 from workbench.io.run_files import atomic
 from workbench.io.runs import Run
 from workbench.models import Llama
 from workbench.stats.drift import match_experts, router_drift, routing_drift
 from workbench.study.describe import tokenizer_of
-from workbench.study.experts import sample_documents
+from workbench.study.experts import read_routing, sample_documents
 
 N_GROUPS = 24
 TABLES = ("drift", "routers", "matches", "compared")
@@ -69,19 +69,6 @@ def comparison_facts(frames: dict[str, pl.DataFrame]) -> dict[str, str]:
             f"{drift['n_groups'][0]} groups, {drift['n_tokens'][0]:,} tokens."
         ),
     }
-
-
-def read_routing(model: Llama, tokens: pl.DataFrame, batch_size: int = 16) -> pl.DataFrame:
-    """The routing frame of one pass over the documents of a tokens frame (rows of a document together, by pos)."""
-    documents = tokens.group_by("doc_id", maintain_order=True).agg("token_id", "pos")
-    frames = []
-    with suitable_threads(model):
-        for start in range(0, len(documents), batch_size):
-            part = documents.slice(start, batch_size)
-            rows = part.explode("token_id", "pos")
-            routing = capture_routing(model, part["token_id"].to_list())
-            frames.append(routing.frame(rows["doc_id"].to_list(), rows["pos"].to_list()))
-    return pl.concat(frames)
 
 
 def _router_rows(model: Llama) -> dict:

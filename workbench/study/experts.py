@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import torch
 
-from workbench.capture import expert_peaks, pad, routed_layers, suitable_threads
+from workbench.capture import capture_routing, expert_peaks, pad, routed_layers, router_inputs, suitable_threads
 from workbench.experiments.audit import AuditPlan, Place, audit_experts, removal_effects
 from workbench.experiments.knockout import count_experts
 from workbench.hooks import HookPoint
@@ -21,16 +21,22 @@ from workbench.io.run_files import atomic
 from workbench.io.runs import Run
 from workbench.io.tokens import Tokenizer
 from workbench.models import Llama
-from workbench.stats.contribution import super_experts
+from workbench.stats.baselines import geometry_baseline
+from workbench.stats.contribution import expert_contribution, super_experts
+from workbench.stats.load import slot_counts
 from workbench.study.describe import tokenizer_of
 from workbench.study.languages import flagged_places
 
-TABLES = ("writes", "peaks", "removal", "audit")
+TABLES = ("writes", "peaks", "contribution", "geometry", "removal", "audit")
 N_WORDS = 8  # that a card shows of what an expert writes
-N_GROUPS = 6  # prompt groups that the interventions run on, in both languages
+N_GROUPS = 12  # prompt groups that the interventions run on, in both languages
 MAX_EXPERTS = 512  # above, only flagged experts are removed one by one
-MAX_AUDITED = 4
+MAX_AUDITED = 64  # of more flagged experts those with the largest differences
 KINDS = ("reroute", "force")
+GEOMETRY = {
+    "layer": pl.Int64, "r2": pl.Float64, "gap": pl.Float64, "gap_residual": pl.Float64, "p": pl.Float64,
+    "n_docs": pl.Int64, "n_pairs": pl.Int64,
+}  # fmt: skip
 
 
 def measure_experts(model: Llama, run: Run, progress: bool = True) -> dict[str, pl.DataFrame]:
@@ -42,6 +48,8 @@ def measure_experts(model: Llama, run: Run, progress: bool = True) -> dict[str, 
     steps: dict[str, Callable[[], pl.DataFrame]] = {
         "writes": lambda: expert_writes(model, tokenizer, tokens),
         "peaks": lambda: super_experts(expert_peaks(model, _sequences(tokens))),
+        "contribution": lambda: _contribution(model, tokens),
+        "geometry": lambda: _geometry(model, tokens),
         "removal": lambda: removal_effects(model, tokens, _removed(model, flagged), progress=progress),
         "audit": lambda: _audit(model, tokens, flagged, _read(folder, "peaks"), run.seed, progress),
     }
@@ -136,6 +144,33 @@ def _visit_slots(model: Llama, tokens: pl.DataFrame, batch_size: int, visit: Cal
         names = [f"blocks.{layer}.mlp.hook_{point}" for layer in routed_layers(model) for point in points]
         with model.hooks([(name, read) for name in names]):
             model(ids.to(model.device), mask.to(model.device), stop_at_layer=model.cfg.n_layers)
+
+
+def _contribution(model: Llama, tokens: pl.DataFrame) -> pl.DataFrame:
+    return expert_contribution(tokens, read_routing(model, tokens, norms=True), count_experts(model))
+
+
+def _geometry(model: Llama, tokens: pl.DataFrame) -> pl.DataFrame:
+    """Of the documents' whole text; empty for one language, which has nothing to be told apart."""
+    if tokens["lang"].n_unique() < 2:
+        return pl.DataFrame(schema=GEOMETRY)
+    names = tokens["doc_id"].unique(maintain_order=True).to_list()
+    counts = slot_counts(tokens, read_routing(model, tokens), ["doc_id"], tokens["segment"].unique().to_list())
+    hidden = router_inputs(model, names, _sequences(tokens))
+    return geometry_baseline(counts, hidden, tokens, "lang", count_experts(model))
+
+
+def read_routing(model: Llama, tokens: pl.DataFrame, batch_size: int = 16, norms: bool = False) -> pl.DataFrame:
+    """The routing frame of one pass over the documents of a tokens frame (rows of a document together, by pos)."""
+    documents = tokens.group_by("doc_id", maintain_order=True).agg("token_id", "pos")
+    frames = []
+    with suitable_threads(model):
+        for start in range(0, len(documents), batch_size):
+            part = documents.slice(start, batch_size)
+            rows = part.explode("token_id", "pos")
+            routing = capture_routing(model, part["token_id"].to_list(), norms=norms)
+            frames.append(routing.frame(rows["doc_id"].to_list(), rows["pos"].to_list()))
+    return pl.concat(frames)
 
 
 def _sequences(tokens: pl.DataFrame) -> list[list[int]]:

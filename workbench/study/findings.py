@@ -7,7 +7,9 @@ from collections.abc import Collection
 import polars as pl
 
 from workbench.axes import EFFORTS
+from workbench.plots.experts import AXES
 from workbench.plots.theme import NAMES, ordered
+from workbench.study.measures import clear_preferences
 
 ALPHA = 0.05
 FEW_GROUPS = 20
@@ -22,7 +24,7 @@ def counted(n: int, noun: str) -> str:
 def findings(tokens: pl.DataFrame, frames: dict[str, pl.DataFrame], stop_ids: Collection[int]) -> list[str]:
     """The page's opening lines, from the frames of `study.report.summarise`; `stop_ids` end an answer."""
     lines = [*_few_groups(frames), *_divergence(frames), *_shared(frames), *_audit(frames), *_contrasts(frames)]
-    lines += _lengths(frames)
+    lines += [*_preferences(clear_preferences(frames["preferences"])), *_lengths(frames)]
     lines.append(_balance(frames["balance"]))
     unfinished = _unfinished(tokens, stop_ids)
     return [*lines, unfinished] if unfinished else lines
@@ -105,10 +107,11 @@ def _audit(frames: dict[str, pl.DataFrame]) -> list[str]:
         return []
     removed = frames["audit"].filter(kind="reroute")
     matter = removed.filter(pl.col("p_kl") <= ALPHA)
+    verb = "matters" if len(matter) == 1 else "matter"
     return [
-        f"Of the {counted(len(removed), 'flagged expert')} with the largest differences, {len(matter)} matter more "
-        f"when removed than {removed['n_controls'][0]} random controls of their layer and load (p <= {ALPHA}, "
-        "not corrected over experts)."
+        f"Of {counted(len(removed), 'flagged expert')}, {len(matter)} {verb} more when removed than "
+        f"{removed['n_controls'][0]} random controls of their layer and load (p <= {ALPHA}, "
+        f"not corrected over experts: {ALPHA * len(removed):.1f} would by chance)."
     ]
 
 
@@ -125,8 +128,8 @@ def _lengths(frames: dict[str, pl.DataFrame]) -> list[str]:
 
 
 def _balance(balance: pl.DataFrame) -> str:
-    worst = balance.sort("effective_experts").row(0, named=True)
-    n_idle = int(balance["n_idle"].sum())
+    worst = balance.filter(measure="effective_experts").sort("value").row(0, named=True)
+    n_idle = int(balance.filter(measure="n_idle")["value"].sum())
     idle = (
         f"In {counted(n_idle, 'case')} an expert got no content token of a language."
         if n_idle
@@ -134,8 +137,19 @@ def _balance(balance: pl.DataFrame) -> str:
     )
     return (
         f"The least even layer is {worst['layer']} in {NAMES.get(worst['lang'], worst['lang'])}, with "
-        f"{worst['effective_experts']:.1f} effective experts. {idle}"
+        f"{worst['value']:.1f} effective experts (95% interval {worst['low']:.1f} to {worst['high']:.1f}). {idle}"
     )
+
+
+def _preferences(preferences: pl.DataFrame) -> list[str]:
+    if preferences.is_empty():
+        return []
+    counts = preferences.group_by("axis").agg(n=pl.struct("layer", "expert").n_unique()).sort("n", descending=True)
+    shown = ", ".join(f"{AXES[axis]} {n}" for axis, n in counts.rows())
+    return [
+        "Experts that take at least ten more or fewer of every hundred tokens of some kind, significantly after "
+        f"correction: by {shown}. Most of that may be the words themselves."
+    ]
 
 
 def _unfinished(tokens: pl.DataFrame, stop_ids: Collection[int]) -> str:

@@ -66,8 +66,12 @@ def flagged_places(run: Run, tokens: pl.DataFrame) -> list[tuple[int, int]]:
     if not set(LANGUAGES) <= set(tokens["lang"]):
         return []
     frames = language_frames(run, tokens)
-    shown = frames.get("shared", frames["contrasts"]).filter("flagged")
-    return [(layer, expert) for layer, expert in shown.select("layer", "expert").rows()]
+    return [(layer, expert) for layer, expert in flagged_experts(frames).select("layer", "expert").rows()]
+
+
+def flagged_experts(frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
+    """The rows of the contrast of shared words, or of all words where none are shared, that are flagged."""
+    return frames.get("shared", frames["contrasts"]).filter("flagged")
 
 
 def language_facts(run: Run, frames: dict[str, pl.DataFrame]) -> dict[str, str]:
@@ -92,27 +96,3 @@ def language_facts(run: Run, frames: dict[str, pl.DataFrame]) -> dict[str, str]:
         for row in frames["matching"].iter_rows(named=True)
     )
     return {"floors": text, "matching": kept}
-
-
-def methods(run: Run, tokens: pl.DataFrame, frames: dict[str, pl.DataFrame]) -> list[str]:
-    """Counts and policies of every statistic of the page, as sentences."""
-    languages = tokens.group_by("group_id").agg(n=pl.col("lang").n_unique())
-    paired = int((languages["n"] == 2).sum())
-    lines = [
-        f"{paired} of {len(languages)} prompt groups are in both languages: load maps count all groups, contrasts and "
-        "divergences only those.",
-    ]
-    for name, what in (("shared", "Shared words"), ("contrasts", "All tokens")):
-        if name in frames:
-            row = frames[name].row(0, named=True)
-            lines.append(
-                f"{what}: {row['n_groups']} groups, {row['n_tokens']:,} tokens, {row['n_tests']:,} tests; sign flips "
-                "over groups with the largest |t| over all layers and experts (max-T), intervals by Student's t."
-            )
-    if "audit" in frames and len(frames["audit"]):
-        row = frames["audit"].row(0, named=True)
-        lines.append(
-            f"Audit: {row['n_docs']} conversations of {row['n_groups']} groups, {row['n_controls']} controls per "
-            f"expert and intervention, so the least p is {1 / (row['n_controls'] + 1):.3f}; not corrected over experts."
-        )
-    return lines

@@ -14,21 +14,33 @@ from workbench.errors import RunError
 from workbench.io.run_files import atomic, write_text
 from workbench.io.runs import Run
 from workbench.plots.distributions import contrast_forest, divergence_curves, layer_curves, length_bars
-from workbench.plots.experts import audit_points, drift_curves, factor_bars, timeline_curves
+from workbench.plots.experts import (
+    audit_points,
+    drift_curves,
+    factor_bars,
+    overlap_curves,
+    persistence_curves,
+    preference_bars,
+    timeline_curves,
+)
 from workbench.plots.heatmaps import contrast_map, load_map
 from workbench.plots.report import render_report
 from workbench.plots.theme import ordered
+from workbench.stats.balance import balance, load_interval
 from workbench.stats.divergence import language_divergence
 from workbench.stats.events import timeline
 from workbench.stats.information import decompose_routing
-from workbench.stats.load import CONTENT_SEGMENTS, TEMPLATE_SEGMENTS, expert_load, load_balance, slot_counts
+from workbench.stats.load import CONTENT_SEGMENTS, TEMPLATE_SEGMENTS, expert_load, slot_counts
 from workbench.stats.summaries import layer_means, segment_lengths
 from workbench.study.atlas import MAX_CARDS, atlas_cards, atlas_frames
 from workbench.study.compare import comparison_facts, read_comparison
 from workbench.study.examples import choose_explorer
 from workbench.study.experts import read_experts
 from workbench.study.findings import counted, findings
-from workbench.study.languages import language_facts, language_frames, methods
+from workbench.study.languages import language_facts, language_frames
+from workbench.study.measures import clear_preferences, measure_frames
+from workbench.study.methods import methods
+from workbench.study.remarks import remarks
 from workbench.study.swap import SWAP_SIDES, swap_frames
 
 Frames = dict[str, pl.DataFrame]
@@ -51,7 +63,7 @@ def write_report(run: Run | str | Path, seed: int | None = None) -> Path:
         _facts(run, tokens, frames),
         choose_explorer(run, tokens),
         _settings_table(run.manifest),
-        atlas_cards(frames, run.n_experts),
+        atlas_cards(frames),
     )
     write_tables(run, frames)
     path = run.path / "report.html"
@@ -70,9 +82,10 @@ def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
     seed = run.seed
     load = run.load().filter(pl.col("segment").is_in(CONTENT_SEGMENTS))
     frames = {f"load_by_{by}": expert_load(load, [column], run.n_experts) for by, column in _PANELS.items()}
-    frames["balance"] = load_balance(frames["load_by_language"], ["lang"])
+    counts = slot_counts(tokens, run.routing, ["group_id", "lang"])
+    frames["load"] = load_interval(counts, ["lang"], run.n_experts)
+    frames["balance"] = balance(counts, ["lang"], run.n_experts, run.manifest["model"]["k"])
     if set(LANGUAGES) <= set(tokens["lang"]):
-        counts = slot_counts(tokens, run.routing, ["group_id", "lang"])
         frames["divergence"] = language_divergence(counts, run.n_experts, seed=seed)
         frames |= language_frames(run, tokens)
     frames["load_by_segment"] = frames["load_by_segment"].filter(pl.col("segment").is_in(_common_segments(load)))
@@ -87,6 +100,7 @@ def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
         entropy = run.routing.select("doc_id", "pos", "layer", "router_entropy").collect()
         frames["timeline"] = timeline(entropy, tokens, "router_entropy")
     frames["bits"] = decompose_routing(tokens, run.routing, seed=seed)
+    frames |= measure_frames(run, tokens)
     return frames | atlas_frames(run, tokens) | read_experts(run) | swap_frames(run) | read_comparison(run)
 
 
@@ -114,7 +128,8 @@ def _common_segments(load: pl.DataFrame) -> list[str]:
 def draw(frames: Frames) -> dict[str, go.Figure]:
     """The figures of the page, by the names that its template places."""
     figures = {f"load_by_{by}": load_map(frames[f"load_by_{by}"], column) for by, column in _PANELS.items()}
-    figures["balance"] = layer_curves(frames["balance"], "lang", "effective experts", value="effective_experts")
+    even = frames["balance"].filter(measure="effective_experts")
+    figures["balance"] = layer_curves(even, "lang", "effective experts", value="value")
     if "divergence" in frames:
         figures["divergence"] = divergence_curves(frames["divergence"])
         figures["forest"] = contrast_forest(frames["contrasts"])
@@ -125,8 +140,14 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
     if not frames.get("audit", pl.DataFrame()).is_empty():
         figures["audit"] = audit_points(frames["audit"])
     for header, sides in SWAP_SIDES.items():
-        if f"swap_{header}" in frames:
-            figures[f"swap_{header}"] = contrast_map(frames[f"swap_{header}"], sides=sides, mark="flagged")
+        for name in (f"swap_{header}", f"free_{header}"):
+            if name in frames:
+                figures[name] = contrast_map(frames[name], sides=sides, mark="flagged")
+    if "overlap" in frames:
+        figures["overlap"] = overlap_curves(frames["overlap"], int(frames["overlap"]["n"].min()))  # type: ignore[arg-type]
+    if not (clear := clear_preferences(frames["preferences"])).is_empty():
+        figures["preferences"] = preference_bars(clear)
+    figures["persistence"] = persistence_curves(frames["persistence"])
     figures["bits"] = factor_bars(frames["bits"])
     if not frames.get("timeline", pl.DataFrame()).is_empty():
         figures["timeline"] = timeline_curves(frames["timeline"], "router entropy (nats)")
@@ -158,8 +179,9 @@ def _facts(run: Run, tokens: pl.DataFrame, frames: Frames) -> dict[str, Any]:
         "max_entropy": f"{math.log(model['n_experts']):.2f}",
         "findings": findings(tokens, frames, model["stop_ids"]),
         "policy": _policy(run, tokens),
-        "methods": methods(run, tokens, frames),
+        "methods": methods(tokens, frames),
         "cards_cut": counts["n_routed_layers"] * model["n_experts"] > MAX_CARDS,
+        **remarks(frames),
         **comparison_facts(frames),
         **language_facts(run, frames),
     }

@@ -90,8 +90,8 @@ def test_where_the_floor_of_the_share_is_nothing_the_logit_decides(words) -> Non
     assert found["expert"].to_list() == [0]  # the others are displaced by it, and no push of their own differs
     assert set(lax["expert"]) > {0}
     assert found["replicated"].all()
+    some = cells.filter(pl.col("group_id") < "0020")
     with pytest.raises(FrameError, match="expected the 40 groups of the counts, got 20"):
-        some = cells.filter(pl.col("group_id") < "0020")
         selection_stability(counts, "lang", BOTH, 16, 0.0, logits=some, logit_floor=0.8)
 
 

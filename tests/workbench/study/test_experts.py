@@ -13,6 +13,7 @@ from workbench.errors import RunError
 from workbench.io.runs import Run
 from workbench.models import Llama, build_model, init_weights
 from workbench.plots.theme import NAMES
+from workbench.stats.load import CONTENT_SEGMENTS
 from workbench.study import write_report
 from workbench.study.atlas import atlas_cards, contexts
 from workbench.study.compare import compare_models
@@ -61,6 +62,26 @@ def test_what_an_expert_writes_is_its_mean_output_through_the_unembedding(small:
     assert row["raises"] == small.tokenizer.to_str_tokens(best)
 
 
+def test_what_an_expert_adds_is_the_mean_norm_of_its_weighted_output(
+    small: Llama, run: Run, measured: dict[str, pl.DataFrame]
+) -> None:
+    tokens, norms = sample_documents(run), []
+    for (_, segments), ids in zip(
+        tokens.group_by("doc_id", maintain_order=True).agg("segment").rows(),
+        tokens.group_by("doc_id", maintain_order=True).agg("token_id")["token_id"].to_list(),
+        strict=True,
+    ):
+        with torch.inference_mode():
+            _, cache = small.run_with_cache(torch.tensor([ids]), names_filter=lambda name: "blocks.1.mlp" in name)
+        added = (cache["expert_out", 1][0] * cache["routing_weights", 1][0][..., None]).norm(dim=-1)
+        content = torch.tensor([segment in CONTENT_SEGMENTS for segment in segments])
+        norms += added[content][cache["expert_ids", 1][0][content] == 2].tolist()
+    row = measured["contribution"].filter(layer=1, expert=2).row(0, named=True)
+    assert row["n_slots"] == len(norms)
+    assert row["reap"] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+    assert measured["geometry"]["n_docs"].unique().to_list() == [tokens["doc_id"].n_unique()]
+
+
 def test_the_sample_is_whole_conversations_in_both_languages(run: Run) -> None:
     sample = sample_documents(run, 3)
     assert sample["group_id"].n_unique() == 3
@@ -71,14 +92,17 @@ def test_the_sample_is_whole_conversations_in_both_languages(run: Run) -> None:
 
 def test_a_card_says_what_the_frames_say(run: Run, measured: dict[str, pl.DataFrame]) -> None:
     frames = summarise(run, run.tokens.collect())
-    cards = atlas_cards(frames, 8)
+    cards = atlas_cards(frames)
     assert [(card.layer, card.expert) for card in cards] == [(layer, e) for layer in range(2) for e in range(8)]
     card = cards[3]
     text = {fact.name: fact.text for fact in card.facts}
     kl = frames["removal"].filter(layer=0, expert=3)["kl"][0]
     assert f"KL {kl:.4f} nats" in text["removed"]
-    load = frames["load_by_language"].filter(layer=0, expert=3, lang="ja")["load"][0]
-    assert f"{NAMES['ja']} {load:.1%} of slots" in text["load"]
+    load = frames["load"].filter(layer=0, expert=3, lang="ja").row(0, named=True)
+    assert f"{NAMES['ja']} {load['load']:.1%} of slots [{load['low']:.1%}, {load['high']:.1%}]" in text["load"]
+    assert load["load"] == frames["load_by_language"].filter(layer=0, expert=3, lang="ja")["load"][0]
+    reap = frames["contribution"].filter(layer=0, expert=3)["reap"][0]
+    assert text["adds"].startswith(f"|g E(x)| {reap:.2f} [")
     assert text["prefers"].startswith("no language beyond the floors")
     assert not card.flagged
 

@@ -28,8 +28,10 @@ def lines(p_largest: float, p_next: float, answers: dict[str, list[int]], stop_i
         for doc, ids in answers.items()
         for pos, token in enumerate(ids)
     ]
-    balance = pl.DataFrame({"lang": ["ja"], "layer": [0], "effective_experts": [1.5], "n_idle": [1]})
-    return findings(pl.DataFrame(rows), {"contrasts": contrasts(p_largest, p_next), "balance": balance}, stop_ids)
+    measures = {"measure": ["effective_experts", "n_idle"], "value": [1.5, 1.0], "low": [1.4, 1.0], "high": [1.6, 1.0]}
+    balance = pl.DataFrame(measures).with_columns(lang=pl.lit("ja"), layer=pl.lit(0))
+    frames = {"contrasts": contrasts(p_largest, p_next), "balance": balance, "preferences": pl.DataFrame()}
+    return findings(pl.DataFrame(rows), frames, stop_ids)
 
 
 def test_only_a_significant_difference_is_named_the_largest() -> None:

@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_named_before_anything_runs(small: Llama, prompts: 
 def test_the_command_takes_a_file(saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, prompts = saved
     file = save_interventions([KnockOut(experts=(2,), mode="drop")], tmp_path / "drop.json")
-    arguments = ["study", str(checkpoint), "--prompts", str(prompts), "--max-new-tokens", "2"]
+    arguments = ["study", str(checkpoint), "--prompts", str(prompts), "--max-new-tokens", "2", "--no-experts"]
     assert main([*arguments, "--out", str(tmp_path / "run"), "--intervention", str(file)]) == 0
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["settings"]["interventions"]["items"] == [{"kind": "knock_out", "experts": [2], "mode": "drop"}]

@@ -54,11 +54,13 @@ def test_the_page_has_every_figure_and_stays_small(page: str) -> None:
         "load_by_segment",
         "balance",
         "divergence",
+        "overlap",
         "forest",
         "contrast_map",
         "shared_forest",
         "shared_map",
         "bits",
+        "persistence",
         "entropy_by_language",
         "entropy_by_segment",
         "margin_by_language",
@@ -84,7 +86,7 @@ def test_hostile_prompts_stay_text(page: str) -> None:
     parsed = Page(page)
     assert [name for name, _ in parsed.tags].count(
         "script"
-    ) == 17  # thirteen figures, the explorer's data, plotly, our own, the explorer's
+    ) == 19  # fifteen figures, the explorer's data, plotly, our own, the explorer's
     assert "img" not in [name for name, _ in parsed.tags]
     assert "alert(1)</script>" not in page
 

@@ -1,0 +1,77 @@
+"""Counts and policies of every statistic of the page, as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import polars as pl
+
+from workbench.plots.experts import AXES
+from workbench.study.languages import flagged_experts
+from workbench.study.measures import N_DRAWS
+
+Frames = dict[str, pl.DataFrame]
+
+
+def methods(tokens: pl.DataFrame, frames: Frames) -> list[str]:
+    """One sentence for each kind of statistic: on how much it rests, how many tests it corrects for, and how."""
+    languages = tokens.group_by("group_id").agg(n=pl.col("lang").n_unique())
+    paired = int((languages["n"] == 2).sum())
+    return [
+        f"{paired} of {len(languages)} prompt groups are in both languages: load maps count all groups, contrasts and "
+        "divergences only those.",
+        *_contrasts(frames),
+        *_preferences(frames["preferences"]),
+        *_pairs(frames["pairs"]),
+        *_audit(frames),
+    ]
+
+
+def _contrasts(frames: Frames) -> Iterator[str]:
+    parts = {
+        "shared": "Shared words",
+        "contrasts": "All tokens",
+        "swap_effort": "Effort header alone",
+        "swap_channel": "Channel header alone",
+        "free_effort": "Analysis written at high and low effort",
+        "free_channel": "Analysis and final written",
+    }
+    for name, what in parts.items():
+        if name in frames:
+            row = frames[name].row(0, named=True)
+            yield (
+                f"{what}: {row['n_groups']} groups, {row['n_tokens']:,} tokens, {row['n_tests']:,} tests; sign flips "
+                "over groups with the largest |t| over all layers and experts (max-T), intervals by Student's t."
+            )
+
+
+def _preferences(preferences: pl.DataFrame) -> Iterator[str]:
+    if preferences.is_empty():
+        return
+    for (axis,), part in preferences.group_by("axis", maintain_order=True):
+        designs, n_units = part["design"].unique().sort().to_list(), part["n_units"].to_numpy()
+        yield (
+            f"Preferences by {AXES[str(axis)]}: {part['value'].n_unique()} values, {n_units.min()} to {n_units.max()} "
+            f"groups, {part['n_tests'][0]:,} tests, {' or '.join(designs)} groups; max-T over layers and experts, "
+            "Bonferroni over values."
+        )
+
+
+def _pairs(pairs: pl.DataFrame) -> Iterator[str]:
+    row = pairs.row(0, named=True)
+    yield (
+        f"Pairs of experts: {row['n_docs']:,} documents, {row['n_tokens']:,} tokens, {row['n_tests']:,} tests; the "
+        f"largest |z| over all pairs and layers, against {N_DRAWS} deals of the experts within every document."
+    )
+
+
+def _audit(frames: Frames) -> Iterator[str]:
+    audit = frames.get("audit", pl.DataFrame())
+    if audit.is_empty():
+        return
+    row = audit.row(0, named=True)
+    yield (
+        f"Audit: {len(audit.filter(kind='reroute'))} of {len(flagged_experts(frames))} flagged experts, those with the "
+        f"largest differences; {row['n_docs']} conversations of {row['n_groups']} groups, {row['n_controls']} controls "
+        f"per expert and intervention, so the least p is {1 / (row['n_controls'] + 1):.3f}; not corrected over experts."
+    )

@@ -1,0 +1,97 @@
+"""One or two sentences under a figure of the page; every number in them is computed."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from workbench.stats.coactivation import expert_graph
+
+Frames = dict[str, pl.DataFrame]
+STABLE = 0.8  # share of half samples (Meinshausen & Buhlmann 2010)
+
+
+def remarks(frames: Frames) -> dict[str, str]:
+    """The page's facts fertility, again, companions, committee and geometry; empty for what was not measured."""
+    return {
+        "fertility": _fertility(frames),
+        "again": _again(frames),
+        "companions": _companions(frames["pairs"]),
+        "committee": _committee(frames),
+        "geometry": _geometry(frames),
+    }
+
+
+def _fertility(frames: Frames) -> str:
+    if "fertility" not in frames:
+        return ""
+    row = frames["fertility"].row(0, named=True)
+    return (
+        f"The tokenizer makes {row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}] times as many tokens of a "
+        f"Japanese prompt as of its English version ({row['n_groups']} groups; {row['chars_per_token_first']:.1f} "
+        f"against {row['chars_per_token_second']:.1f} characters per token), which is why groups weigh equally and "
+        "not tokens."
+    )
+
+
+def _again(frames: Frames) -> str:
+    """Of what was found, how much would be found again."""
+    if "reliability" not in frames or frames["reliability"]["spearman"].is_nan().all():
+        return ""
+    halves = frames["reliability"]
+    least, most = halves["spearman"].to_numpy().min(), halves["spearman"].to_numpy().max()
+    text = (
+        f"Two random halves of the {halves['n_groups'][0]} groups agree on how the experts of a layer rank by their "
+        f"difference: mean rank correlation {least:.2f} to {most:.2f} over layers."
+    )
+    if "replication" not in frames:
+        return text
+    found, n_stable = frames["replication"], frames["stability"].filter(pl.col("stability") >= STABLE).height
+    return (
+        f"{text} Of {len(found)} experts beyond the floors on the groups kept for discovery "
+        f"{found['replicated'].sum()} differ again on the other groups, which had no part in choosing them. {n_stable} "
+        f"experts are beyond the floors in at least {STABLE:.0%} of random half samples."
+    )
+
+
+def _companions(pairs: pl.DataFrame) -> str:
+    _, edges = expert_graph(pairs)
+    text = (
+        f"{len(edges):,} of {len(pairs):,} pairs of experts of one layer work on the same token at least 1.4 times as "
+        "often as they would by chance, given how often every document uses each of them (p at most 0.05 after "
+        f"correction; {pairs['n_tokens'][0]:,} tokens of {pairs['n_docs'][0]:,} documents)."
+    )
+    for row in edges.sort("log2_lift", descending=True).head(1).iter_rows(named=True):
+        text += (
+            f" Most so: experts {row['expert']} and {row['other']} of layer {row['layer']}, {row['together']:,} times "
+            f"against {row['expected']:,.0f} expected."
+        )
+    return text
+
+
+def _committee(frames: Frames) -> str:
+    if "committee" not in frames:
+        return ""
+    layers = frames["committee"].unique("layer", keep="first").filter(pl.col("size") > 0)
+    if layers.is_empty():
+        return "No layer has experts that nearly every topic relies on."
+    row = layers.sort("coverage", descending=True).row(0, named=True)
+    return (
+        f"{len(layers)} of {frames['committee']['layer'].n_unique()} layers have experts that nearly every topic "
+        f"relies on. They hold most of the router's probability in layer {row['layer']}: {row['size']} experts "
+        f"{row['coverage']:.1%} [{row['coverage_low']:.1%}, {row['coverage_high']:.1%}], an expert "
+        f"{row['density_ratio']:.1f} times as much as one outside."
+    )
+
+
+def _geometry(frames: Frames) -> str:
+    if frames.get("geometry", pl.DataFrame()).is_empty():
+        return ""
+    frame = frames["geometry"]
+    r2 = frame["r2"].to_numpy()
+    left = float((frame["gap_residual"] / frame["gap"]).median())  # type: ignore[arg-type]
+    return (
+        "Texts that look alike to a router are routed alike whatever experts are for. On a sample of "
+        f"{frame['n_docs'][0]} documents the cosine of their hidden states explains {r2.min():.0%} to {r2.max():.0%} "
+        f"of the likeness of their routes, and leaves {left:.0%} (median of the layers) of what texts of one language "
+        "share beyond texts of two."
+    )
