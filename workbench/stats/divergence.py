@@ -152,8 +152,9 @@ def top_overlap(
             numbers = np.stack(jackknife_interval(_split_divergence(cube, halves, _top_measure(size)), len(units)), 1)
         (between, _, _), (within, _, _), (gap, low, high) = numbers
         frames.append(
-            pl.DataFrame({"layer": layers, "between": between, "within": within, "gap": -gap, "gap_low": -high,
-                          "gap_high": -low, "n_groups": np.full(len(layers), len(units))})
+            pl.DataFrame({"layer": layers, "between": between, "within": within, "gap": -gap,
+                          "gap_low": np.maximum(-high, -1), "gap_high": np.minimum(-low, 1),
+                          "n_groups": np.full(len(layers), len(units))})
             .with_columns(n=pl.lit(size), chance=pl.lit(chance_overlap(size, n_experts)["jaccard"]))
         )  # fmt: skip
     return pl.concat(frames).select(

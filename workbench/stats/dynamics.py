@@ -28,8 +28,8 @@ def persistence(
 
     Columns layer, overlap (mean share of the k experts that neighbouring tokens of a document have in common), low,
     high (95%, t over groups), first (share whose first expert is the same, arXiv 2401.04088 table 5), load_null
-    (sum of f^2 / k: independent draws from the layer's load), word_overlap and word_null, n_pairs, n_word_pairs,
-    n_groups.
+    (sum of f^2 / k: independent draws from the layer's load), word_overlap and word_null, word_gap (their difference,
+    mean over groups) with word_gap_low and word_gap_high (t over groups), n_pairs, n_word_pairs, n_groups.
 
     word_null answers whether the words alone explain it: over pairs of neighbouring tokens whose two token ids also
     follow each other in another document, it compares the first token's experts with those of the second token there;
@@ -46,6 +46,8 @@ def persistence(
     low, high = t_interval(per_group)
     matched, partner = _same_words_elsewhere(kept, left, np.random.default_rng(seed))
     swapped = shared_experts(ids[left[matched]], ids[partner + 1]) / k
+    gaps = _group_means(overlap[matched] - swapped, group[matched])
+    gap_low, gap_high = t_interval(gaps)
     frequency = np.stack([membership(ids[:, place], n_experts).mean(0) for place in range(len(layers))])
     n = len(layers)
     return pl.DataFrame(
@@ -58,6 +60,9 @@ def persistence(
             "load_null": (frequency**2).sum(1) / k,
             "word_overlap": overlap[matched].mean(0) if len(matched) else np.full(n, np.nan),
             "word_null": swapped.mean(0) if len(matched) else np.full(n, np.nan),
+            "word_gap": gaps.mean(0) if len(gaps) else np.full(n, np.nan),
+            "word_gap_low": gap_low,
+            "word_gap_high": gap_high,
             "n_pairs": np.full(n, len(left)),
             "n_word_pairs": np.full(n, len(matched)),
             "n_groups": np.full(n, len(per_group)),

@@ -55,6 +55,9 @@ def test_persisting_context_is_told_from_repeating_words(routed) -> None:
     assert word["overlap"] > word["load_null"] + 0.05
     assert word["word_overlap"] == pytest.approx(word["word_null"], abs=0.02)
     assert word["n_word_pairs"] > 500
+    assert context["word_gap_low"] > 0.2
+    assert word["word_gap_low"] < 0 < word["word_gap_high"]
+    assert context["word_gap"] == pytest.approx(context["word_overlap"] - context["word_null"], abs=0.02)
 
 
 def test_gaps_are_no_neighbours(routed) -> None:
