@@ -82,7 +82,7 @@ AXES = {
     "segment": "part of the conversation",
     "effort": "effort",
     "phase": "read or written",
-    "position_bin": "position from",
+    "position_bin": "position",
 }
 
 

@@ -167,10 +167,9 @@ def _prefers(rows: Sequence[dict], stability: Sequence[dict]) -> str:
 def _also(rows: Sequence[dict]) -> str:
     """The three largest preferences apart from language."""
     shown = [row for row in rows if row["axis"] != "lang"][:3]
-    return "; ".join(
-        f"{AXES[row['axis']]} {row['value']} {row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
-        for row in shown
-    )
+    numbers = [f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" for row in shown]
+    names = [f"{AXES[row['axis']]} {'from ' * (row['axis'] == 'position_bin')}{row['value']}" for row in shown]
+    return "; ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
 
 
 def _standing(row: dict) -> str:
