@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from workbench.stats.index import Frame, Ints, codes, membership, token_array
 from workbench.stats.load import CONTENT_SEGMENTS
@@ -101,7 +102,6 @@ def local_consistency(
     n_experts: int,
     lengths: Sequence[int] = (4, 16, 64, 256),
     segments: Sequence[str] = CONTENT_SEGMENTS,
-    n_resamples: int = 1000,
     seed: int = 0,
 ) -> pl.DataFrame:
     """Segment routing best performance (arXiv 2505.16056): how well a fixed set of experts serves m tokens in a row.
@@ -109,7 +109,8 @@ def local_consistency(
     Documents are cut into segments of m tokens (what is left over is dropped); c is how many tokens of a segment chose
     an expert. An expert is loaded for a segment if c >= tau; F1(tau) = 2 sum c[c >= tau] / (m #[c >= tau] + sum c), SRP
     = max over tau, one tau per layer. Columns layer, m, srp, low, high, null, tau, n_segments, n_groups. Interval:
-    basic bootstrap over groups; null: the same with the tokens of all documents shuffled, which keeps the load alone.
+    delete-a-group jackknife over groups; null: the same with the tokens of all documents shuffled, which keeps the load
+    alone.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
     layers, ids = token_array(kept, routing)
@@ -124,12 +125,12 @@ def local_consistency(
         shuffled = rng.permutation(blocks.ravel()).reshape(blocks.shape)
         for place, layer in enumerate(layers):
             sums = _threshold_sums(ids[:, place], blocks, n_experts, segment_group)  # [group 2 tau]
-            srp, tau = _srp(sums.sum(0), m, blocks.size * ids.shape[2])
-            null, _ = _srp(
-                _threshold_sums(ids[:, place], shuffled, n_experts, 0 * segment_group)[0], m, blocks.size * ids.shape[2]
-            )
-            low, high = _basic_bootstrap(sums, m, np.bincount(segment_group) * m * ids.shape[2], srp, n_resamples, rng)
-            rows.append((layer, m, srp, low, high, null, tau, len(blocks), len(sums)))
+            slots = np.bincount(segment_group) * m * ids.shape[2]  # [group]
+            tau = _srp(sums.sum(0), m, slots.sum())[1]
+            srp, low, high = block_jackknife(_srp_of(sums, m, slots), len(sums))
+            together = _threshold_sums(ids[:, place], shuffled, n_experts, 0 * segment_group)[0]
+            null, _ = _srp(together, m, blocks.size * ids.shape[2])
+            rows.append((layer, m, float(srp), float(low), float(high), null, tau, len(blocks), len(sums)))
     names = ["layer", "m", "srp", "low", "high", "null", "tau", "n_segments", "n_groups"]
     return pl.DataFrame(rows, schema=names, orient="row")
 
@@ -156,22 +157,13 @@ def _threshold_sums(ids: np.ndarray, blocks: Ints, n_experts: int, group: Ints) 
     return np.stack(reach, axis=1).astype(np.float64)
 
 
+def _srp_of(sums: Floats, m: int, slots: Ints) -> Callable[[NDArray[np.bool_]], Floats]:
+    return lambda kept: np.asarray(_srp(sums[kept].sum(0), m, slots[kept].sum())[0])
+
+
 def _srp(sums: Floats, m: int, n_slots: float) -> tuple[float, int]:
     f1 = 2 * sums[0] / (m * sums[1] + n_slots)
     return float(f1.max()), int(f1.argmax()) + 1
-
-
-def _basic_bootstrap(
-    sums: Floats, m: int, slots: Floats, srp: float, n_resamples: int, rng: np.random.Generator
-) -> tuple[float, float]:
-    n = len(sums)
-    if n < 2:
-        return np.nan, np.nan
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples).astype(np.float64)
-    drawn = np.tensordot(weights, sums, axes=1)  # [resample 2 tau]
-    f1 = (2 * drawn[:, 0] / (m * drawn[:, 1] + (weights @ slots)[:, None])).max(1)
-    low, high = np.quantile(f1, (0.025, 0.975))
-    return float(2 * srp - high), float(2 * srp - low)
 
 
 def layer_consistency(
