@@ -32,7 +32,10 @@ class ActivationCache(dict[str, Tensor]):
             raise HookError(
                 f"{leaf}: expected one activation of layer {layer}, got {', '.join(names)}. Use a full name."
             )
-        return self[names[0] if names else f"blocks.{layer}.hook_{leaf}"]
+        if not names:
+            near = unknown_name(f"blocks.{layer}.hook_{leaf}", self, f"{leaf} of layer {layer} in the cache")
+            raise HookError(f"{near} A point with a cost, such as pattern, is kept only if names_filter names it.")
+        return self[names[0]]
 
     def stack(self, leaf: str) -> Tensor:
         """One leaf, such as "router_logits", over all layers that were cached: [layer ...] in ascending order."""

@@ -7,6 +7,7 @@ Call shapes and names are TransformerLens'; the classes are ours, so that import
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -68,12 +69,13 @@ class HookPoint(nn.Module):
     def add_hook(self, fn: HookFn, dir: str = "fwd") -> None:
         """Listen here until `remove_hooks`; prefer the `hooks` context, which cleans up after itself."""
         if dir not in ("fwd", "bwd"):
-            raise HookError(f"dir: expected fwd or bwd, got {dir!r}.")
+            raise HookError(f"dir: expected fwd or bwd, got {dir!r}. Pass one of them.")
+        _check_callable(fn)
         (self.fwd_hooks if dir == "fwd" else self.bwd_hooks).append(fn)
 
     def remove_hooks(self, dir: str = "both") -> None:
         if dir not in ("fwd", "bwd", "both"):
-            raise HookError(f"dir: expected fwd, bwd or both, got {dir!r}.")
+            raise HookError(f"dir: expected fwd, bwd or both, got {dir!r}. Pass one of them.")
         if dir != "bwd":
             self.fwd_hooks.clear()
         if dir != "fwd":
@@ -159,6 +161,19 @@ def _checked_pair(pair: tuple[NameFilter, HookFn]) -> tuple[NameFilter, HookFn]:
     return pair[0], pair[1]
 
 
+def _check_callable(fn: HookFn) -> None:
+    """Raises HookError for a function that cannot be called as fn(tensor, hook=point), before a model runs."""
+    try:
+        inspect.signature(fn).bind(None, hook=None)
+    except TypeError as error:
+        raise HookError(
+            f"hook function: expected one to be called as fn(tensor, hook=point), got {fn!r} ({error}). "
+            "Write def fn(tensor, hook)."
+        ) from None
+    except ValueError:  # built in, and says nothing about its arguments
+        return
+
+
 class HookedModel(nn.Module):
     """Base of the models: finds hook points by name and runs with hooks, or with a cache, attached."""
 
@@ -220,6 +235,8 @@ class HookedModel(nn.Module):
             for names, fn in map(_checked_pair, pairs)
             for point in self.select_hooks(names)
         ]
+        for fn in {id(fn): fn for _, _, fn in wanted}.values():
+            _check_callable(fn)
         try:
             for point, direction, fn in wanted:
                 getattr(point, direction).append(fn)

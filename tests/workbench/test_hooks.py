@@ -335,3 +335,25 @@ def test_cache_arguments_of_another_kind_are_refused(model: Llama, tokens: torch
     for key in (3, ("resid_pre", 0, 1), (0, "resid_pre")):
         with pytest.raises(HookError, match="cache: expected a name or a pair"):
             cache[key]
+
+
+def test_a_function_without_a_place_for_the_hook_is_refused_before_anything_runs(model: Llama, tokens: Tensor) -> None:
+    def forgets(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with pytest.raises(HookError, match=r"expected one to be called as fn\(tensor, hook=point\), got .*forgets"):
+        model.run_with_hooks(tokens, fwd_hooks=[("hook_embed", forgets)])
+    with pytest.raises(HookError, match="hook function: expected one"):
+        model.hook_dict["hook_embed"].add_hook(lambda tensor: None)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    model.run_with_hooks(tokens, fwd_hooks=[("hook_embed", lambda tensor, **named: None), ("hook_embed", min_of)])
+
+
+def min_of(*given: object, hook: object) -> None:
+    assert len(given) == 1
+
+
+def test_a_pair_that_is_not_in_the_cache_says_how_it_gets_there(model: Llama, tokens: Tensor) -> None:
+    _, cache = model.run_with_cache(tokens)
+    with pytest.raises(HookError, match=r"pattern of layer 0 in the cache.*kept only if names_filter names it"):
+        cache["pattern", 0]

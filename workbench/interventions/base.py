@@ -49,7 +49,9 @@ class Intervention:
 
         An edit gives the whole tensor as it would be everywhere; where it applies is decided by `where` alone.
         """
-        raise InterventionError(f"{type(self).__name__}: expected a kind of intervention, got the base of all.")
+        raise InterventionError(
+            f"{type(self).__name__}: expected a kind of intervention, got the base of all. Use one of its kinds."
+        )
         yield
 
     def arguments(self, leaf: str, model: Any) -> dict[str, Tensor]:
@@ -82,7 +84,7 @@ class Intervention:
         for layer in self.where.layers:
             if layer not in usable:
                 what = "a layer with experts" if 0 <= layer < n_layers else f"0 to {n_layers - 1}"
-                raise InterventionError(f"{self.kind} layers: expected {what}, got {layer}.")
+                raise InterventionError(f"{self.kind} layers: expected {what}, got {layer}. Name others.")
         return self.where.layers
 
 
@@ -110,7 +112,7 @@ def check_experts(kind: str, experts: Sequence[int], model: Any) -> None:
     n_experts = getattr(model.cfg, "n_experts", 0)
     for expert in experts:
         if not 0 <= expert < n_experts:
-            raise InterventionError(f"{kind} experts: expected 0 to {n_experts - 1}, got {expert}.")
+            raise InterventionError(f"{kind} experts: expected 0 to {n_experts - 1}, got {expert}. Name others.")
 
 
 def plus(x: Tensor, change: Tensor) -> Tensor:

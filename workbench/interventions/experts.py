@@ -129,7 +129,7 @@ class ForceExperts(OnExperts, kind="force_experts"):
     def _check(self, model: Any) -> None:
         k, n_forced = model.cfg.k, len(self.experts)
         if n_forced > k:
-            raise InterventionError(f"force_experts: expected at most k = {k} experts, got {n_forced}.")
+            raise InterventionError(f"force_experts: expected at most k = {k} experts, got {n_forced}. Force fewer.")
         if self.weights is not None and not n_forced == len(self.weights) == k:
             raise InterventionError(
                 f"force_experts weights: expected all k = {k} experts and as many weights, "

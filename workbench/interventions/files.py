@@ -108,10 +108,8 @@ def _read(entry: Any, number: int, tensors: Mapping[str, Tensor]) -> Interventio
     needed = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in needed if name not in given]
     if unknown or missing:
-        raise InterventionError(
-            f"{what}: expected {', '.join(name for name in known)}, got "
-            f"{'no ' + missing[0] if missing else 'an unknown ' + unknown[0]}."
-        )
+        got = [f"no {', '.join(missing)}"] * bool(missing) + [f"an unknown {', '.join(unknown)}"] * bool(unknown)
+        raise InterventionError(f"{what}: expected {', '.join(known)}, got {' and '.join(got)}. Correct the names.")
     try:
         return cls(**given, where=_where(entry.get("where", {})))
     except (TypeError, ValueError) as error:

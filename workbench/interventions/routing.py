@@ -253,4 +253,4 @@ def _layer_number(layer: Any) -> int:
     try:
         return int(layer)
     except (TypeError, ValueError):
-        raise InterventionError(f"layer: expected a number, got {layer!r}.") from None
+        raise InterventionError(f"layer: expected a number, got {layer!r}. Use layers as keys.") from None

@@ -23,7 +23,7 @@ def as_tensor(name: str, value: Any, n_dims: int | None = None) -> Tensor:
     if tensor.dtype == torch.float64 and not isinstance(value, Tensor):
         tensor = tensor.float()
     if not bool(torch.isfinite(tensor).all()):
-        raise InterventionError(f"{name}: expected finite numbers, got some that are not.")
+        raise InterventionError(f"{name}: expected finite numbers, got some that are not. Look for nan and inf.")
     if n_dims is not None and tensor.ndim != n_dims:
         raise InterventionError(f"{name}: expected {n_dims} axes, got {tuple(tensor.shape)}.")
     return tensor
@@ -33,13 +33,13 @@ def as_number(name: str, value: Any) -> float:
     """A finite number, numpy's and tensors of one value included, as Python's own float (which JSON can hold)."""
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if isinstance(plain, bool) or not isinstance(plain, int | float) or not math.isfinite(plain):
-        raise InterventionError(f"{name}: expected a finite number, got {value!r}.")
+        raise InterventionError(f"{name}: expected a finite number, got {value!r}. Pass one.")
     return float(plain)
 
 
 def as_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise InterventionError(f"{name}: expected true or false, got {value!r}.")
+        raise InterventionError(f"{name}: expected true or false, got {value!r}. Pass one.")
     return value
 
 
@@ -47,10 +47,10 @@ def as_integers(name: str, values: Any) -> tuple[int, ...]:
     """Integers of at least 0. Raises InterventionError on anything else, texts and booleans included."""
     listed = values.tolist() if isinstance(values, Tensor) else values
     if isinstance(listed, str) or not isinstance(listed, Sequence | range):
-        raise InterventionError(f"{name}: expected a list of numbers, got {values!r}.")
+        raise InterventionError(f"{name}: expected a list of numbers, got {values!r}. Pass one.")
     for value in listed:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise InterventionError(f"{name}: expected whole numbers from 0 on, got {value!r}.")
+            raise InterventionError(f"{name}: expected whole numbers from 0 on, got {value!r}. Pass such numbers.")
     return tuple(listed)
 
 

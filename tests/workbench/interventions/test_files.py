@@ -104,6 +104,7 @@ def test_defaults_are_left_out_of_the_json() -> None:
         ({"kind": "knock_out", "experts": [1], "mode": "mask"}, "mode: expected one of reroute, drop, drop_renorm"),
         ({"kind": "knock_out", "experts": [1, 1], "mode": "drop"}, "experts: expected different expert numbers"),
         ({"kind": "scale_activation", "factor": 1, "size": 2}, "got an unknown size"),
+        ({"kind": "scale_activation", "size": 2}, "got no factor and an unknown size"),
         (
             {"kind": "scale_activation", "factor": 1, "where": {"layer": 1}},
             "where: expected some of layers, .*, got layer",
