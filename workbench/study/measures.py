@@ -10,13 +10,13 @@ import polars as pl
 from workbench.axes import LANGUAGES
 from workbench.io.runs import Run
 from workbench.stats.baselines import committee
-from workbench.stats.coactivation import coactivation
+from workbench.stats.coactivation import coactivation, cross_layer
 from workbench.stats.divergence import top_overlap
 from workbench.stats.dynamics import layer_consistency, persistence
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.logits import logit_cells
 from workbench.stats.matching import fertility, match_length, match_tokens, with_position_bin
-from workbench.stats.specialisation import specialisation
+from workbench.stats.specialisation import specialisation, vocabulary_specialisation
 from workbench.stats.validation import discover_and_validate, selection_stability, split_half_reliability
 from workbench.study.languages import contrast, floors_of, has_logits
 from workbench.study.swap import SWAP_SIDES
@@ -29,14 +29,19 @@ CLEAR = 0.1  # a preference of at least ten tokens in a hundred
 
 
 def measure_frames(run: Run, tokens: pl.DataFrame) -> Frames:
-    """preferences, persistence, layers (alike in how they sort tokens), pairs, and what applies of committee,
-    free_effort, free_channel, and `language_measures`."""
+    """preferences, vocabulary, persistence, layers (alike in how they sort tokens), pairs, steps (from layer to layer),
+    and what applies of committee, free_effort, free_channel, and `language_measures`."""
+    some = some_groups(tokens)
     frames = {
         "preferences": preferences(run, tokens),
+        "vocabulary": vocabulary_specialisation(tokens, run.routing, run.n_experts, seed=run.seed),
         "persistence": persistence(tokens, run.routing, run.n_experts, seed=run.seed),
         "layers": layer_consistency(tokens, run.routing, seed=run.seed),
-        "pairs": coactivation(some_groups(tokens), run.routing, run.n_experts, n_draws=N_DRAWS, seed=run.seed),
+        "pairs": coactivation(some, run.routing, run.n_experts, n_draws=N_DRAWS, seed=run.seed),
     }
+    steps = cross_layer(some, run.routing, run.n_experts, n_draws=N_DRAWS, seed=run.seed)
+    if not steps.is_empty():  # one layer has none
+        frames["steps"] = steps
     if has_logits(run) and tokens["topic"].n_unique() > 1:
         cells = logit_cells(run.router_logits(), tokens, ["group_id", "topic"])
         frames["committee"] = committee(cells, "topic", run.n_experts, run.manifest["model"]["k"])

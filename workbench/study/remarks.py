@@ -11,11 +11,14 @@ STABLE = 0.8  # share of half samples (Meinshausen & Buhlmann 2010)
 
 
 def remarks(frames: Frames) -> dict[str, str]:
-    """The page's facts fertility, again, companions, committee and geometry; empty for what was not measured."""
+    """The page's facts fertility, again, vocabulary, companions, steps, committee and geometry; empty for what was not
+    measured."""
     return {
         "fertility": _fertility(frames),
         "again": _again(frames),
+        "vocabulary": _vocabulary(frames["vocabulary"]),
         "companions": _companions(frames["pairs"]),
+        "steps": _steps(frames),
         "committee": _committee(frames),
         "geometry": _geometry(frames),
     }
@@ -51,6 +54,38 @@ def _again(frames: Frames) -> str:
         f"{found['replicated'].sum()} differ again on the other groups, which had no part in choosing them. {n_stable} "
         f"experts are beyond the floors in at least {STABLE:.0%} of random half samples."
     )
+
+
+def _vocabulary(vocabulary: pl.DataFrame) -> str:
+    known = vocabulary.filter(pl.col("n_types") > 0).sort("excess")
+    if known.is_empty():
+        return ""
+    least, most = (known.row(place, named=True) for place in (0, -1))
+    return (
+        f"Of the {most['n_types']:,} words that occur often enough, the average one sends "
+        f"{most['specialisation']:.0%} of its tokens to one first expert in layer {most['layer']}, where most, and "
+        f"{least['specialisation']:.0%} in layer {least['layer']}, where fewest; the load of the experts alone would "
+        f"make it {most['null']:.0%} and {least['null']:.0%}. Corrected for load that is "
+        f"{most['excess']:.2f} [{most['low']:.2f}, {most['high']:.2f}] and "
+        f"{least['excess']:.2f} [{least['low']:.2f}, {least['high']:.2f}], 1 being a word with an expert of its own."
+    )
+
+
+def _steps(frames: Frames) -> str:
+    if "steps" not in frames:
+        return ""
+    steps = frames["steps"]
+    edges = steps.filter(pl.col("p_adjusted") <= 0.05, pl.col("log2_lift") >= 0.5)
+    text = (
+        f"From layer to layer, {len(edges):,} of {len(steps):,} pairs of an expert and one of the next layer follow "
+        "each other at least 1.4 times as often as when the tokens of a document take each other's way there."
+    )
+    for row in edges.sort("log2_lift", descending=True).head(1).iter_rows(named=True):
+        text += (
+            f" Most so: expert {row['expert']} of layer {row['layer']} and {row['other']} of layer "
+            f"{row['next_layer']}, {row['together']:,} times against {row['expected']:,.0f} expected."
+        )
+    return text
 
 
 def _companions(pairs: pl.DataFrame) -> str:

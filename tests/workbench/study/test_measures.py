@@ -112,6 +112,12 @@ def test_remarks_and_methods_say_what_the_frames_hold(finished_run: Run, tokens:
     assert said["again"].startswith(f"Two random halves of the {frames['reliability']['n_groups'][0]} groups")
     assert f"of {len(frames['pairs']):,} pairs of experts" in said["companions"]
     assert said["geometry"] == ""  # needs the model
+    assert f"of {len(frames['steps']):,} pairs of an expert and one of the next layer" in said["steps"]
+    words = frames["vocabulary"].filter(pl.col("n_types") > 0).sort("excess").row(-1, named=True)
+    assert (
+        f"sends {words['specialisation']:.0%} of its tokens to one first expert in layer {words['layer']}"
+        in said["vocabulary"]
+    )
     lines = methods(tokens, frames)
     assert any(line.startswith("Pairs of experts: ") and f"{len(frames['pairs']):,} tests" in line for line in lines)
     tests = frames["preferences"].filter(axis="token_class")["n_tests"][0]
