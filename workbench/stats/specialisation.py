@@ -213,7 +213,7 @@ def top_tokens(
     return (
         counts.with_columns(rate=pl.col("slots") / pl.col("n_tokens"), log2_lift=lift.log(2))
         .filter(pl.col("n_tokens") >= min_count, pl.col("slots") >= 2, pl.col("expert") < n_experts)
-        .sort("layer", "expert", "log2_lift", descending=[False, False, True])
+        .sort("layer", "expert", "log2_lift", "token_id", descending=[False, False, True, False])  # ties in one order
         .group_by("layer", "expert", maintain_order=True)
         .head(n)
         .select("layer", "expert", "token", "token_id", "rate", "log2_lift", "slots", "n_tokens", "n_docs")

@@ -144,7 +144,8 @@ def _balance(balance: pl.DataFrame) -> str:
 def _preferences(preferences: pl.DataFrame) -> list[str]:
     if preferences.is_empty():
         return []
-    counts = preferences.group_by("axis").agg(n=pl.struct("layer", "expert").n_unique()).sort("n", descending=True)
+    counts = preferences.group_by("axis").agg(n=pl.struct("layer", "expert").n_unique())
+    counts = counts.sort("n", "axis", descending=[True, False])
     shown = ", ".join(f"{AXES[axis]} {n}" for axis, n in counts.rows())
     return [
         "Experts that take at least ten more or fewer of every hundred tokens of some kind, significantly after "

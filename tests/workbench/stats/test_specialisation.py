@@ -99,3 +99,12 @@ def test_top_tokens_name_the_planted_word(words) -> None:
     assert first["rate"] > 0.9
     assert first["log2_lift"] > 1
     assert len(best) <= 3
+
+
+def test_words_with_one_lift_come_in_the_order_of_their_ids() -> None:
+    """Ties are many among rare words, and a table that is made again must be the same."""
+    ids = [word for word in range(40) for _ in range(5)]
+    tokens = pl.DataFrame({"doc_id": "a", "pos": range(200), "token_id": ids, "segment": "user"})
+    tokens = tokens.with_columns(token=pl.format("w{}", "token_id"), group_id="doc_id")
+    routing = tokens.select("doc_id", "pos", layer=pl.lit(0), expert_ids=pl.concat_list(pl.lit(0)))
+    assert top_tokens(tokens, routing, 1, n=7)["token_id"].to_list() == list(range(7))
