@@ -1,14 +1,15 @@
 """Compile the kernels for every architecture, without a GPU, and fail where the code is not good.
 
-    python kernels/tools/aot_check.py [--sample 200] [--jobs 2]  what CI runs
+    python kernels/tools/aot_check.py [--jobs 2]                 the ledger, and all of the covering set anew
+    python kernels/tools/aot_check.py --cover sm_90,gfx942 --sample 60 --jobs 2              what CI has time for
     python kernels/tools/aot_check.py --record [--anew]          compile what the ledger lacks, or everything
     python kernels/tools/aot_check.py --no-ledger                another triton: compile the covering set alone
 
 Good means: it compiles; nothing spills to memory; shared memory stays within the device's limit; and where a table says
 "wgmma", the code has it. aot.csv, the ledger, has what came out for every launch that the host code can make: every
 table entry and safe size with every option set. A run fails where a launch has no row or a row with a problem; then it
-compiles a covering set again (shipped.py) and a sample of the others that is another one every day (--seed), and fails
-where something else comes out than the ledger says.
+compiles a covering set again (shipped.py), of all architectures or of those named by --cover, and a sample of all
+others that is another one every day (--seed), and fails where something else comes out than the ledger says.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def main() -> int:
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="comma-separated architectures")
     parser.add_argument("--formats", default=",".join(FORMATS), help="dtype of activations / bits of weights")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--sample", type=int, default=0, help="how many launches beside the covering ones")
+    parser.add_argument("--cover", help="architectures whose covering set is compiled (default: those of --arch)")
+    parser.add_argument("--sample", type=int, default=0, help="how many launches beside these")
     parser.add_argument("--seed", default=datetime.now(UTC).date().isoformat(), help="of the sample; today's date")
     parser.add_argument("--record", action="store_true", help="compile what the ledger lacks and write it")
     parser.add_argument("--anew", action="store_true", help="with --record: compile what it has as well")
@@ -135,7 +137,9 @@ def main() -> int:
     parser.add_argument("--ledger", type=Path, default=ledger.LEDGER, help="the file")
     given = parser.parse_args()
     archs, formats = tuple(given.arch.split(",")), tuple(given.formats.split(","))
-    for option, names, known in (("--arch", archs, tuple(ARCHITECTURES)), ("--formats", formats, FORMATS)):
+    cover = tuple(given.cover.split(",")) if given.cover else archs
+    checked = (("--arch", archs, tuple(ARCHITECTURES)), ("--formats", formats, FORMATS), ("--cover", cover, archs))
+    for option, names, known in checked:
         if unknown := [name for name in names if name not in known]:
             parser.error(f"{option}: expected among {', '.join(known)}, got {', '.join(unknown)}.")
     if given.record and (archs, formats) != (tuple(ARCHITECTURES), FORMATS):
@@ -147,8 +151,8 @@ def main() -> int:
     rows = {} if given.no_ledger else ledger.read(given.ledger)
     found = [] if given.no_ledger else check_ledger(jobs, rows)
     _say("\n".join([*found, f"{len(jobs)} launches on {', '.join(archs)}; seed {given.seed}"]))
-    covering = [job for job in jobs if job.claim.covering]
-    others = [job for job in jobs if not job.claim.covering]
+    covering = [job for job in jobs if job.claim.covering and job.arch in cover]
+    others = [job for job in jobs if not (job.claim.covering and job.arch in cover)]
     sample = random.Random(given.seed).sample(others, min(given.sample, len(others)))
     well = compare(compiled(covering + sample, given.jobs), rows, _say)
     return 0 if well and not found else 1

@@ -24,13 +24,13 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)  # more than a thousand compilations
+@pytest.mark.timeout(3000)  # hundreds of compilations
 def test_what_ships_compiles_well_for_every_architecture() -> None:
-    """The ledger has every launch without a problem; the covering set and a daily sample come out as it says."""
-    done = run(str(TOOL), "--sample", "40", "--jobs", "2")
+    """The ledger has every launch without a problem; two covering sets and a daily sample come out as it says."""
+    done = run(str(TOOL), "--cover", "sm_90,gfx942", "--sample", "60", "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) launches on sm_80, sm_86, sm_90, sm_100, gfx942", done.stdout)[1]) > 2000
-    assert int(re.search(r"compiled (\d+) launches, all well", done.stdout)[1]) > 1000
+    assert int(re.search(r"compiled (\d+) launches, all well", done.stdout)[1]) > 300
 
 
 BAD = """
