@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(arguments: argparse.Namespace) -> None:
     """Load, run, capture, report."""
+    from workbench.errors import RunError
     from workbench.io.hub import model_name
     from workbench.io.prompts import BUNDLED_PROMPTS, load_prompts
     from workbench.study import run_study, write_report
@@ -55,6 +56,8 @@ def study(arguments: argparse.Namespace) -> None:
         norms=arguments.norms,
         interventions=interventions_of(arguments.intervention),
     )
+    if arguments.header_swap and settings.template != "harmony":
+        raise RunError("--header-swap: expected conversations with headers, got plain text. Drop it, or study a chat.")
     out = arguments.out or Path("runs") / model_name(arguments.model)
     run = run_study(model, prompts, out, settings)
     if arguments.seed is not None:

@@ -13,6 +13,7 @@ from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.resampling import Floats, block_jackknife
 
 DEAD, HOT = 0.001, 0.5  # selection frequencies f below and above which an expert counts as dead or hot
+BY_SCOPE = ("entropy", "entropy_corrected", "gini")
 MEASURES = ("entropy", "entropy_corrected", "effective_experts", "gini", "cv", "max_ratio", "n_idle", "n_dead", "n_hot")
 
 
@@ -116,8 +117,8 @@ def load_interval(counts: pl.DataFrame, by: Sequence[str], n_experts: int, unit:
                 "layer": np.repeat(np.array(layers, dtype=np.int64), n_experts),
                 "expert": np.tile(np.arange(n_experts), len(layers)),
                 "load": load.ravel(),
-                "low": low.ravel(),
-                "high": high.ravel(),
+                "low": np.maximum(low, 0).ravel(),
+                "high": np.minimum(high, 1).ravel(),
                 "n_slots": np.repeat(cube.sum((0, 2)), n_experts),
             }
         )
@@ -165,10 +166,10 @@ def balance_by_scope(
 ) -> pl.DataFrame:
     """Balance within a document, a window of tokens, a language, and over everything: one row per layer and scope.
 
-    Columns layer, scope, entropy_corrected and gini (means over the scope's parts) with _low and _high (95%,
-    delete-a-group jackknife over units), null_entropy (uniform router at the same number of slots, by formula),
-    n_parts, mean_tokens, n_units. A router may be even over everything and uneven in every document: global balance
-    alone hides specialisation (arXiv 2505.16056).
+    Columns layer, scope, entropy, entropy_corrected and gini (means over the scope's parts) with _low and _high (95%,
+    delete-a-group jackknife over units), null_entropy (of the plain entropy: uniform router at the same number of
+    slots, by formula; that of the corrected one is about 1), n_parts, mean_tokens, n_units. A router may be even over
+    everything and uneven in every document: global balance alone hides specialisation (arXiv 2505.16056).
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
     kept = kept.with_columns(window=pl.int_range(pl.len()) // window, everything=pl.lit(0))
@@ -179,12 +180,19 @@ def balance_by_scope(
         n_units = int(owner.max(initial=-1)) + 1
 
         means = _mean_balance(counts, column, layers, n_experts, k, owner)
-        (entropy, gini), low, high = block_jackknife(means, n_units)
+        numbers = block_jackknife(means, n_units)  # each [measure layer]
         n_slots = _slots_cube(counts, layers, n_experts, column).sum(-1)  # [part layer]
         lost = ((n_experts - 1) / (2 * np.maximum(n_slots, 1)) / np.log(n_experts)).mean(0)
-        columns = {"entropy_corrected": entropy, "entropy_corrected_low": low[0], "entropy_corrected_high": high[0]}
-        columns |= {"gini": gini, "gini_low": low[1], "gini_high": high[1], "null_entropy": 1 - lost}
-        columns |= {"n_parts": np.full(len(layers), len(n_slots)), "mean_tokens": n_slots.mean(0) / k}
+        columns = {
+            f"{name}{end}": np.minimum(part[place], 1)
+            for place, name in enumerate(BY_SCOPE)
+            for end, part in zip(("", "_low", "_high"), numbers, strict=True)
+        }
+        columns |= {
+            "null_entropy": 1 - lost,
+            "n_parts": np.full(len(layers), len(n_slots)),
+            "mean_tokens": n_slots.mean(0) / k,
+        }
         frame = pl.DataFrame({"layer": layers}).with_columns(
             scope=pl.lit(scope), **{name: pl.Series(values) for name, values in columns.items()}
         )
@@ -195,12 +203,12 @@ def balance_by_scope(
 def _mean_balance(
     counts: pl.DataFrame, column: str, layers: list[int], n_experts: int, k: int, owner: Ints
 ) -> Callable[[NDArray[np.bool_]], Floats]:
-    """A function of the units to keep, giving the mean over parts of (entropy_corrected, gini): [2 layer]."""
+    """A function of the units to keep, giving the mean over parts of BY_SCOPE: [measure layer]."""
 
     def means(kept: NDArray[np.bool_]) -> Floats:
         part = _slots_cube(counts.filter(pl.Series(kept[owner])), layers, n_experts, column)
         found = balance_measures(part, k)
-        return np.stack([found[name].mean(0) for name in ("entropy_corrected", "gini")])
+        return np.stack([found[name].mean(0) for name in BY_SCOPE])
 
     return means
 

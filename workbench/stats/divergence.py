@@ -141,7 +141,8 @@ def top_overlap(
 
     Columns layer, n, between, within, gap with _low and _high, chance, n_groups. between and within as in
     `paired_divergence` (halves of different and of the same condition; within is the ceiling that sampling allows, gap
-    = within - between, null 0). chance: of two random sets of n experts, see `chance_overlap`. Always read several n.
+    = within - between, null 0). Sizes of all experts and more are left out. chance: of two random
+    sets of n experts, see `chance_overlap`. Always read several n.
     """
     units, layers, cube = unit_cube(cells, axis, values, n_experts, FREQUENCY, unit)
     frames = []
@@ -157,9 +158,10 @@ def top_overlap(
                           "n_groups": np.full(len(layers), len(units))})
             .with_columns(n=pl.lit(size), chance=pl.lit(chance_overlap(size, n_experts)["jaccard"]))
         )  # fmt: skip
-    return pl.concat(frames).select(
-        "layer", "n", "between", "within", "gap", "gap_low", "gap_high", "chance", "n_groups"
-    )
+    names = ["layer", "n", "between", "within", "gap", "gap_low", "gap_high", "chance", "n_groups"]
+    if not frames:
+        return pl.DataFrame(schema=dict.fromkeys(names, pl.Float64) | {"layer": pl.Int64, "n": pl.Int64})
+    return pl.concat(frames).select(names)
 
 
 def _top_measure(size: int) -> Measure:

@@ -33,7 +33,7 @@ def persistence(
     mean over groups) with word_gap_low and word_gap_high (t over groups), n_pairs, n_word_pairs, n_groups.
 
     word_null answers whether the words alone explain it: over pairs of neighbouring tokens whose two token ids also
-    follow each other in another document, it compares the first token's experts with those of the second token there;
+    follow each other in another group, it compares the first token's experts with those of the second token there;
     word_overlap is the plain overlap of the same pairs. Overlap above word_null is context that persists.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
@@ -85,14 +85,14 @@ def _group_means(values: Floats, group: Ints) -> Floats:  # [pair layer] -> [gro
 
 
 def _same_words_elsewhere(kept: pl.DataFrame, left: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """For pairs whose two words occur in this order in another document: (places in `left`, row of the other first)."""
+    """For pairs whose two words occur in this order in another group: (places in `left`, row of the other first)."""
     if "token_id" not in kept.columns or not len(left):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    word, doc = codes(kept["token_id"]), codes(kept["doc_id"])
+    word, group = codes(kept["token_id"]), codes(kept["group_id"])  # a group's documents say the same thing
     bigram = word[left] * (word.max() + 1) + word[left + 1]
     order = np.lexsort((rng.random(len(left)), bigram))
-    # after shuffling, the next pair of the same two words is a random one; it counts if its document is another
-    same = (bigram[order[:-1]] == bigram[order[1:]]) & (doc[left[order[:-1]]] != doc[left[order[1:]]])
+    # after shuffling, the next pair of the same two words is a random one; it counts if its group is another
+    same = (bigram[order[:-1]] == bigram[order[1:]]) & (group[left[order[:-1]]] != group[left[order[1:]]])
     return order[:-1][same], left[order[1:][same]]
 
 

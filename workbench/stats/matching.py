@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
+from workbench.axes import EFFORTS
 from workbench.errors import FrameError
 from workbench.stats.load import CONTENT_SEGMENTS, Frame
 from workbench.stats.resampling import t_interval
@@ -22,6 +23,19 @@ POSITION_EDGES = (1, 4, 16, 64, 256, 1024, 4096)
 def select_tokens(tokens: Frame, segments: Sequence[str] = CONTENT_SEGMENTS, skip_first: int = 0) -> pl.DataFrame:
     """The tokens of `segments`, without the first `skip_first` of each document (attention sinks, arXiv 2507.23279)."""
     return tokens.lazy().filter(pl.col("segment").is_in(segments), pl.col("pos") >= skip_first).collect()
+
+
+def at_one_effort(tokens: Frame) -> pl.DataFrame:
+    """The documents of one effort, medium if there is any, else the lowest; all of them where none has an effort.
+
+    A prompt read at three efforts is one text and three documents. A null that deals or shuffles tokens within
+    documents takes these for independent: of three copies of routes that followed nothing but chance, it called some
+    pair of experts certain every time, and found 0.1 bits of words. Give such measures one reading.
+    """
+    frame = tokens.lazy().collect()
+    found = set(frame["effort"].drop_nulls()) if "effort" in frame.columns else set()
+    chosen = next((effort for effort in ("medium", *EFFORTS) if effort in found), None)
+    return frame if chosen is None else frame.filter(pl.col("effort") == chosen)
 
 
 def match_tokens(

@@ -173,7 +173,8 @@ def equivalent_experts(contrasts: pl.DataFrame, margin: float) -> pl.DataFrame:
 def _spearman(first: Floats, second: Floats) -> Floats:  # [... expert] twice -> [...]
     a, b = (rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2 for x in (first, second))
     scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return np.divide((a * b).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
+    known = np.where(np.isfinite(first + second).all(-1), 0.0, np.nan)
+    return np.divide((a * b).sum(-1), scale, out=known, where=(scale > 0) & (known == 0))
 
 
 def _top_jaccard(first: Floats, second: Floats, size: int) -> Floats:

@@ -14,6 +14,7 @@ from workbench.stats.coactivation import expert_graph
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.specialisation import top_tokens
 from workbench.study.measures import clear_preferences
+from workbench.study.wording import estimate, known
 
 MAX_CARDS = 512  # of a larger model only the flagged and the most used experts get one
 N_CONTEXTS = 3
@@ -33,12 +34,12 @@ def atlas_frames(run: Run, tokens: pl.DataFrame) -> dict[str, pl.DataFrame]:
 
 
 def contexts(run: Run, tokens: pl.DataFrame) -> pl.DataFrame:
-    """For each expert the tokens that it weighed most, in context and from different documents.
+    """For each expert the tokens that it weighed most, in context and from different texts.
 
     Columns layer, expert, lang, before, token, after, weight. The N_CONTEXTS largest routing weights among the first
-    choices of content tokens, one per document.
+    choices of content tokens, one per prompt and language: its answers at other efforts say nearly the same.
     """
-    kept = tokens.filter(pl.col("segment").is_in(CONTENT_SEGMENTS)).select("doc_id", "pos", "lang")
+    kept = tokens.filter(pl.col("segment").is_in(CONTENT_SEGMENTS)).select("doc_id", "pos", "group_id", "lang")
     first = run.routing.select(
         "doc_id",
         "pos",
@@ -49,7 +50,7 @@ def contexts(run: Run, tokens: pl.DataFrame) -> pl.DataFrame:
     best = (
         first.join(kept, on=["doc_id", "pos"])
         .sort("weight", "doc_id", "pos", descending=[True, False, False])
-        .unique(["layer", "expert", "doc_id"], keep="first", maintain_order=True)
+        .unique(["layer", "expert", "group_id", "lang"], keep="first", maintain_order=True)
         .group_by("layer", "expert", maintain_order=True)
         .head(N_CONTEXTS)
     )
@@ -73,7 +74,9 @@ def atlas_cards(frames: Mapping[str, pl.DataFrame]) -> list[Card]:
         places = ranked.head(MAX_CARDS).sort("layer", "expert")
     shown = {**frames, "preferred": clear_preferences(frames["preferences"]), "companions": companions(frames["pairs"])}
     index = {name: _by_place(shown[name]) for name in _USED if not shown.get(name, pl.DataFrame()).is_empty()}
-    return [_card(layer, expert, index) for layer, expert in places.select("layer", "expert").rows()]
+    return [
+        _card(layer, expert, index, "calibrated" in frames) for layer, expert in places.select("layer", "expert").rows()
+    ]
 
 
 def companions(pairs: pl.DataFrame) -> pl.DataFrame:
@@ -108,13 +111,15 @@ def _flagged(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     )
 
 
-def _card(layer: int, expert: int, index: Mapping[str, Rows]) -> Card:
+def _card(layer: int, expert: int, index: Mapping[str, Rows], judged: bool) -> Card:
     def rows(name: str) -> Sequence[dict]:
         return index.get(name, {}).get((layer, expert), [])
 
     facts = [Fact("load", _load(rows("load")))]
     facts += [
-        Fact("prefers", text) for text in (_prefers(rows("shared") or rows("contrasts"), rows("stability")),) if text
+        Fact("prefers", text)
+        for text in (_prefers(rows("shared") or rows("contrasts"), rows("stability"), judged),)
+        if text
     ]
     facts += [Fact("also prefers", text) for text in (_also(rows("preferred")),) if text]
     if rows("companions"):
@@ -140,65 +145,65 @@ def _card(layer: int, expert: int, index: Mapping[str, Rows]) -> Card:
 
 
 def _load(rows: Sequence[dict]) -> str:
-    parts = [
-        f"{NAMES.get(row['lang'], row['lang'])} {row['load']:.1%} of slots [{row['low']:.1%}, {row['high']:.1%}] "
+    return ", ".join(
+        f"{NAMES.get(row['lang'], row['lang'])} {estimate(row['load'], row['low'], row['high'], '.1%')} of slots "
         f"({row['load'] / row['null']:.1f}x uniform)"
         for row in rows
-    ]
-    return ", ".join(parts)
+    )
 
 
-def _prefers(rows: Sequence[dict], stability: Sequence[dict]) -> str:
-    """How sure, in one sentence; a difference that is not flagged is called none."""
-    if not rows or rows[0]["risk_difference"] is None:
+def _prefers(rows: Sequence[dict], stability: Sequence[dict], judged: bool) -> str:
+    """How sure, in one sentence; a difference that is not flagged is called none, if there are floors to judge by."""
+    if not rows or not known(rows[0]["risk_difference"]):
         return ""
     row = rows[0]
-    numbers = (
-        f"{row['risk_difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], adjusted p {row['p_adjusted']:.4f}"
-    )
-    if row.get("logit_d") is not None:
+    numbers = f"JA - EN {estimate(row['risk_difference'], row['low'], row['high'], '+.3f')}"
+    if known(row["p_adjusted"]):
+        numbers += f", adjusted p {row['p_adjusted']:.4f}"
+    if known(row.get("logit_d")):
         numbers += f", logit {row['logit_d']:+.2f} sd"
+    if not judged:
+        return f"not judged: no calibrated floors for this run ({numbers})"
     if not row["flagged"]:
-        return f"no language beyond the floors (JA - EN {numbers})"
+        return f"no language beyond the floors ({numbers})"
     kept = f"; beyond the floors in {stability[0]['stability']:.0%} of half samples" if stability else ""
-    return f"{NAMES['ja' if row['side'] > 0 else 'en']} (JA - EN {numbers}){kept}"
+    return f"{NAMES['ja' if row['side'] > 0 else 'en']} ({numbers}){kept}"
 
 
 def _also(rows: Sequence[dict]) -> str:
     """The three largest preferences apart from language."""
     shown = [row for row in rows if row["axis"] != "lang"][:3]
-    numbers = [f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" for row in shown]
+    numbers = [estimate(row["difference"], row["low"], row["high"], "+.2f") for row in shown]
     names = [f"{AXES[row['axis']]} {'from ' * (row['axis'] == 'position_bin')}{row['value']}" for row in shown]
     return "; ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
 
 
 def _standing(row: dict) -> str:
-    return (
-        f"among the first k in {row['in_top']:.0%} of {row['n_conditions']} topics, with {row['eci']:.1%} of the "
-        f"probability [{row['eci_low']:.1%}, {row['eci_high']:.1%}]"
-    )
+    held = estimate(row["eci"], row["eci_low"], row["eci_high"], ".1%")
+    return f"among the first k in {row['in_top']:.0%} of {row['n_conditions']} topics, with {held} of the probability"
 
 
 def _adds(row: dict) -> str:
     return (
-        f"|g E(x)| {row['reap']:.2f} [{row['reap_low']:.2f}, {row['reap_high']:.2f}] where chosen, "
+        f"|g E(x)| {estimate(row['reap'], row['reap_low'], row['reap_high'], '.2f')} where chosen, "
         f"{row['relative']:.1f} times the layer's mean; {row['output_share']:.1%} of all that the layer's experts add"
     )
 
 
 def _removed(row: dict) -> str:
-    return (
-        f"KL {row['kl']:.4f} nats [{row['kl_low']:.4f}, {row['kl_high']:.4f}]; loss JA {row['d_nll_ja']:+.4f} "
-        f"[{row['d_nll_ja_low']:+.4f}, {row['d_nll_ja_high']:+.4f}], EN {row['d_nll_en']:+.4f} "
-        f"[{row['d_nll_en_low']:+.4f}, {row['d_nll_en_high']:+.4f}]"
-    )
+    losses = [
+        f"{lang.upper()} {estimate(row[name], row[f'{name}_low'], row[f'{name}_high'], '+.4f')}"
+        for lang, name in (("ja", "d_nll_ja"), ("en", "d_nll_en"))
+        if known(row[name])
+    ]
+    return f"KL {estimate(row['kl'], row['kl_low'], row['kl_high'], '.4f')} nats; loss {', '.join(losses)}"
 
 
 def _audited(row: dict) -> str:
     verdict = "more than matched controls" if row["p_kl"] <= 0.05 else "no more than matched controls"
-    return (
-        f"{verdict}: KL {row['kl']:.4f} against {row['control_kl']:.4f} (p {row['p_kl']:.3f}, {row['n_controls']} "
-        "draws); "
-        f"selectivity {row['selectivity']:+.2f} [{row['selectivity_low']:+.2f}, {row['selectivity_high']:+.2f}] "
-        f"(p {row['p_selective']:.3f})"
-    )
+    sizes = f"KL {row['kl']:.4f} against {row['control_kl']:.4f}"
+    text = f"{verdict}: {sizes} (p {row['p_kl']:.3f}, {row['n_controls']} draws)"
+    if not known(row["selectivity"]):
+        return text
+    selective = estimate(row["selectivity"], row["selectivity_low"], row["selectivity_high"], "+.2f")
+    return f"{text}; selectivity {selective} (p {row['p_selective']:.3f})"

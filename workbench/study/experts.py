@@ -24,6 +24,7 @@ from workbench.models import Llama
 from workbench.stats.baselines import geometry_baseline
 from workbench.stats.contribution import expert_contribution, super_experts
 from workbench.stats.load import slot_counts
+from workbench.stats.matching import at_one_effort
 from workbench.study.describe import tokenizer_of
 from workbench.study.languages import flagged_places
 
@@ -70,10 +71,7 @@ def read_experts(run: Run) -> dict[str, pl.DataFrame]:
 
 def sample_documents(run: Run, n_groups: int = N_GROUPS) -> pl.DataFrame:
     """Whole conversations of evenly spread prompt groups that are in both languages, at one effort. A tokens frame."""
-    tokens = run.tokens.collect()
-    efforts = tokens["effort"].unique().to_list()
-    effort = "medium" if "medium" in efforts else efforts[0]
-    chosen = tokens.filter(pl.col("effort").eq_missing(pl.lit(effort, dtype=pl.String)))
+    chosen = at_one_effort(run.tokens)
     paired = chosen.group_by("group_id").agg(n=pl.col("lang").n_unique()).filter(pl.col("n") == 2).sort("group_id")
     groups = (paired if len(paired) else chosen.select("group_id").unique().sort("group_id"))["group_id"]
     spread = [groups[place * len(groups) // min(n_groups, len(groups))] for place in range(min(n_groups, len(groups)))]

@@ -10,15 +10,11 @@ from workbench.axes import EFFORTS
 from workbench.plots.experts import AXES
 from workbench.plots.theme import NAMES, ordered
 from workbench.study.measures import clear_preferences
+from workbench.study.wording import counted, known
 
 ALPHA = 0.05
 FEW_GROUPS = 20
 CORRECTED = "after correction over all of them"
-
-
-def counted(n: int, noun: str) -> str:
-    """A number and what it counts: "1 layer", "1,024 layers"."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def findings(tokens: pl.DataFrame, frames: dict[str, pl.DataFrame], stop_ids: Collection[int]) -> list[str]:
@@ -77,7 +73,7 @@ def _few_groups(frames: dict[str, pl.DataFrame]) -> list[str]:
     if n_groups >= FEW_GROUPS:
         return []
     verb = "This is" if n_groups == 1 else "These are"
-    return [f"{verb} {counted(n_groups, 'prompt group')}: below {FEW_GROUPS}, intervals are too narrow to rely on."]
+    return [f"{verb} {counted(n_groups, 'prompt group')}: below {FEW_GROUPS}, any interval is too narrow to rely on."]
 
 
 def _shared(frames: dict[str, pl.DataFrame]) -> list[str]:
@@ -129,6 +125,7 @@ def _lengths(frames: dict[str, pl.DataFrame]) -> list[str]:
 
 def _balance(balance: pl.DataFrame) -> str:
     worst = balance.filter(measure="effective_experts").sort("value").row(0, named=True)
+    interval = f" (95% interval {worst['low']:.1f} to {worst['high']:.1f})" if known(worst["low"]) else ""
     n_idle = int(balance.filter(measure="n_idle")["value"].sum())
     idle = (
         f"In {counted(n_idle, 'case')} an expert got no content token of a language."
@@ -137,7 +134,7 @@ def _balance(balance: pl.DataFrame) -> str:
     )
     return (
         f"The least even layer is {worst['layer']} in {NAMES.get(worst['lang'], worst['lang'])}, with "
-        f"{worst['value']:.1f} effective experts (95% interval {worst['low']:.1f} to {worst['high']:.1f}). {idle}"
+        f"{worst['value']:.1f} effective experts{interval}. {idle}"
     )
 
 
@@ -149,7 +146,7 @@ def _preferences(preferences: pl.DataFrame) -> list[str]:
     shown = ", ".join(f"{AXES[axis]} {n}" for axis, n in counts.rows())
     return [
         "Experts that take at least ten more or fewer of every hundred tokens of some kind, significantly after "
-        f"correction: by {shown}. Most of that may be the words themselves."
+        f"correction within that kind: by {shown}. Most of that may be the words themselves."
     ]
 
 

@@ -15,7 +15,7 @@ from workbench.stats.divergence import top_overlap
 from workbench.stats.dynamics import layer_consistency, persistence
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.logits import logit_cells
-from workbench.stats.matching import fertility, match_length, match_tokens, with_position_bin
+from workbench.stats.matching import at_one_effort, fertility, match_length, match_tokens, with_position_bin
 from workbench.stats.specialisation import specialisation, vocabulary_specialisation
 from workbench.stats.validation import discover_and_validate, selection_stability, split_half_reliability
 from workbench.study.languages import contrast, floors_of, has_logits
@@ -31,12 +31,13 @@ CLEAR = 0.1  # a preference of at least ten tokens in a hundred
 def measure_frames(run: Run, tokens: pl.DataFrame) -> Frames:
     """preferences, vocabulary, persistence, layers (alike in how they sort tokens), pairs, steps (from layer to layer),
     and what applies of committee, free_effort, free_channel, and `language_measures`."""
-    some = some_groups(tokens)
+    once = at_one_effort(tokens)
+    some = some_groups(once)
     frames = {
         "preferences": preferences(run, tokens),
-        "vocabulary": vocabulary_specialisation(tokens, run.routing, run.n_experts, seed=run.seed),
-        "persistence": persistence(tokens, run.routing, run.n_experts, seed=run.seed),
-        "layers": layer_consistency(tokens, run.routing, seed=run.seed),
+        "vocabulary": vocabulary_specialisation(once, run.routing, run.n_experts, seed=run.seed),
+        "persistence": persistence(once, run.routing, run.n_experts, seed=run.seed),
+        "layers": layer_consistency(once, run.routing, seed=run.seed),
         "pairs": coactivation(some, run.routing, run.n_experts, n_draws=N_DRAWS, seed=run.seed),
     }
     steps = cross_layer(some, run.routing, run.n_experts, n_draws=N_DRAWS, seed=run.seed)

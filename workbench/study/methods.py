@@ -9,6 +9,7 @@ import polars as pl
 from workbench.plots.experts import AXES
 from workbench.study.languages import flagged_experts
 from workbench.study.measures import N_DRAWS
+from workbench.study.wording import counted
 
 Frames = dict[str, pl.DataFrame]
 
@@ -18,11 +19,12 @@ def methods(tokens: pl.DataFrame, frames: Frames) -> list[str]:
     languages = tokens.group_by("group_id").agg(n=pl.col("lang").n_unique())
     paired = int((languages["n"] == 2).sum())
     return [
-        f"{paired} of {len(languages)} prompt groups are in both languages: load maps count all groups, contrasts and "
-        "divergences only those.",
+        f"{paired} of {counted(len(languages), 'prompt group')} {'is' if paired == 1 else 'are'} in both languages: "
+        "load maps count all groups, contrasts and divergences only those.",
         *_contrasts(frames),
         *_preferences(frames["preferences"]),
         *_pairs(frames["pairs"]),
+        *_others(tokens, frames),
         *_audit(frames),
     ]
 
@@ -49,10 +51,14 @@ def _preferences(preferences: pl.DataFrame) -> Iterator[str]:
     if preferences.is_empty():
         return
     for (axis,), part in preferences.group_by("axis", maintain_order=True):
+        part = part.filter(pl.col("p_adjusted").is_finite())
+        if part.is_empty():
+            yield f"Preferences by {AXES[str(axis)]}: no test, since hardly a group shares a value with another."
+            continue
         designs, n_units = part["design"].unique().sort().to_list(), part["n_units"].to_numpy()
         yield (
             f"Preferences by {AXES[str(axis)]}: {part['value'].n_unique()} values, {n_units.min()} to {n_units.max()} "
-            f"groups, {part['n_tests'][0]:,} tests, {' or '.join(designs)} groups; max-T over layers and experts, "
+            f"groups, {len(part):,} tests, {' or '.join(designs)} groups; max-T over layers and experts, "
             "Bonferroni over values."
         )
 
@@ -63,6 +69,29 @@ def _pairs(pairs: pl.DataFrame) -> Iterator[str]:
         f"Pairs of experts: {row['n_docs']:,} documents, {row['n_tokens']:,} tokens, {row['n_tests']:,} tests; the "
         f"largest |z| over all pairs and layers, against {N_DRAWS} deals of the experts within every document."
     )
+
+
+def _others(tokens: pl.DataFrame, frames: Frames) -> Iterator[str]:
+    efforts = tokens["effort"].drop_nulls().n_unique()
+    once = " of one effort, since a prompt read again at another is no other text" if efforts > 1 else ""
+    row = frames["persistence"].row(0, named=True)
+    yield (
+        f"Bits, words, neighbours, pairs and steps rest on the documents{once}. Neighbours: {row['n_groups']} groups, "
+        f"{row['n_pairs']:,} pairs of tokens, {row['n_word_pairs']:,} of them with the same two words in another group."
+    )
+    row = frames["vocabulary"].row(0, named=True)
+    yield (
+        f"Words: {row['n_types']:,} that occur at least 20 times, {row['n_tokens']:,} tokens of {row['n_docs']:,} "
+        "documents."
+    )
+    if "stability" in frames:
+        yield "Half samples: 100 random halves of the groups; discovery and validation: halves by a hash of the group."
+    if "committee" in frames:
+        row = frames["committee"].row(0, named=True)
+        yield (
+            f"Committee: {row['n_conditions']} topics, {row['n_units']} groups, delete-a-group jackknife with the "
+            "committee held fixed."
+        )
 
 
 def _audit(frames: Frames) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from workbench.stats.coactivation import expert_graph
+from workbench.study.wording import counted, estimate
 
 Frames = dict[str, pl.DataFrame]
 STABLE = 0.8  # share of half samples (Meinshausen & Buhlmann 2010)
@@ -38,8 +39,8 @@ def _fertility(frames: Frames) -> str:
 
 def _again(frames: Frames) -> str:
     """Of what was found, how much would be found again."""
-    if "reliability" not in frames or frames["reliability"]["spearman"].is_nan().all():
-        return ""
+    if "reliability" not in frames or not frames["reliability"]["spearman"].is_finite().all():
+        return ""  # fewer than four groups
     halves = frames["reliability"]
     least, most = halves["spearman"].to_numpy().min(), halves["spearman"].to_numpy().max()
     text = (
@@ -48,11 +49,13 @@ def _again(frames: Frames) -> str:
     )
     if "replication" not in frames:
         return text
-    found, n_stable = frames["replication"], frames["stability"].filter(pl.col("stability") >= STABLE).height
+    found, flagged = frames["replication"], frames.get("shared", frames["contrasts"]).filter("flagged")
+    stable = flagged.join(frames["stability"].filter(pl.col("stability") >= STABLE), on=["layer", "expert"], how="semi")
     return (
-        f"{text} Of {len(found)} experts beyond the floors on the groups kept for discovery "
-        f"{found['replicated'].sum()} differ again on the other groups, which had no part in choosing them. {n_stable} "
-        f"experts are beyond the floors in at least {STABLE:.0%} of random half samples."
+        f"{text} Of {counted(len(found), 'expert')} flagged on the groups kept for discovery alone "
+        f"{found['replicated'].sum()} differ again on the other groups, which had no part in choosing them. Of the "
+        f"{len(flagged)} flagged on all groups {len(stable)} lie beyond the floors, the same way, in at least "
+        f"{STABLE:.0%} of random half samples."
     )
 
 
@@ -110,23 +113,23 @@ def _committee(frames: Frames) -> str:
     if layers.is_empty():
         return "No layer has experts that nearly every topic relies on."
     row = layers.sort("coverage", descending=True).row(0, named=True)
+    held = estimate(row["coverage"], row["coverage_low"], row["coverage_high"], ".1%")
     return (
-        f"{len(layers)} of {frames['committee']['layer'].n_unique()} layers have experts that nearly every topic "
-        f"relies on. They hold most of the router's probability in layer {row['layer']}: {row['size']} experts "
-        f"{row['coverage']:.1%} [{row['coverage_low']:.1%}, {row['coverage_high']:.1%}], an expert "
-        f"{row['density_ratio']:.1f} times as much as one outside."
+        f"In {len(layers)} of {counted(frames['committee']['layer'].n_unique(), 'layer')} some experts are among the "
+        f"first for nearly every topic. They hold most of the router's probability in layer {row['layer']}: "
+        f"{counted(row['size'], 'expert')} {held}, {row['density_ratio']:.1f} times as much per expert as the others."
     )
 
 
 def _geometry(frames: Frames) -> str:
-    if frames.get("geometry", pl.DataFrame()).is_empty():
+    frame = frames.get("geometry", pl.DataFrame())
+    if frame.is_empty() or frame["n_docs"][0] < 4 or not frame["gap_residual"].is_finite().all():
         return ""
-    frame = frames["geometry"]
-    r2 = frame["r2"].to_numpy()
-    left = float((frame["gap_residual"] / frame["gap"]).median())  # type: ignore[arg-type]
+    r2, left = frame["r2"].to_numpy(), (frame["gap_residual"] / frame["gap"]).to_numpy()
     return (
         "Texts that look alike to a router are routed alike whatever experts are for. On a sample of "
         f"{frame['n_docs'][0]} documents the cosine of their hidden states explains {r2.min():.0%} to {r2.max():.0%} "
-        f"of the likeness of their routes, and leaves {left:.0%} (median of the layers) of what texts of one language "
-        "share beyond texts of two."
+        "of the likeness of their routes over the layers. Of what texts of one language share beyond texts of two it "
+        f"leaves {left.min():.0%} to {left.max():.0%}, more than chance (p at most 0.05) in "
+        f"{(frame['p'] <= 0.05).sum()} of {counted(len(frame), 'layer')}."
     )

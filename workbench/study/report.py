@@ -31,17 +31,19 @@ from workbench.stats.divergence import language_divergence
 from workbench.stats.events import timeline
 from workbench.stats.information import decompose_routing
 from workbench.stats.load import CONTENT_SEGMENTS, TEMPLATE_SEGMENTS, expert_load, slot_counts
+from workbench.stats.matching import at_one_effort
 from workbench.stats.summaries import layer_means, segment_lengths
 from workbench.study.atlas import MAX_CARDS, atlas_cards, atlas_frames
 from workbench.study.compare import comparison_facts, read_comparison
 from workbench.study.examples import choose_explorer
 from workbench.study.experts import read_experts
-from workbench.study.findings import counted, findings
+from workbench.study.findings import findings
 from workbench.study.languages import language_facts, language_frames
 from workbench.study.measures import clear_preferences, measure_frames
 from workbench.study.methods import methods
 from workbench.study.remarks import remarks
 from workbench.study.swap import SWAP_SIDES, swap_frames
+from workbench.study.wording import counted
 
 Frames = dict[str, pl.DataFrame]
 
@@ -99,7 +101,7 @@ def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
         frames["lengths"] = segment_lengths(tokens)
         entropy = run.routing.select("doc_id", "pos", "layer", "router_entropy").collect()
         frames["timeline"] = timeline(entropy, tokens, "router_entropy")
-    frames["bits"] = decompose_routing(tokens, run.routing, seed=seed)
+    frames["bits"] = decompose_routing(at_one_effort(tokens), run.routing, seed=seed)
     frames |= measure_frames(run, tokens)
     return frames | atlas_frames(run, tokens) | read_experts(run) | swap_frames(run) | read_comparison(run)
 
@@ -143,7 +145,7 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
         for name in (f"swap_{header}", f"free_{header}"):
             if name in frames:
                 figures[name] = contrast_map(frames[name], sides=sides, mark="flagged")
-    if "overlap" in frames:
+    if not frames.get("overlap", pl.DataFrame()).is_empty():
         figures["overlap"] = overlap_curves(frames["overlap"], int(frames["overlap"]["n"].min()))  # type: ignore[arg-type]
     if not (clear := clear_preferences(frames["preferences"])).is_empty():
         figures["preferences"] = preference_bars(clear)

@@ -67,6 +67,13 @@ def test_the_divergence_of_probabilities_takes_the_logits(words) -> None:
     assert frame["excess_low"].item() > 0.001
 
 
+def test_where_every_expert_is_chosen_there_are_no_top_sets(words) -> None:
+    tokens, routing, _ = words()
+    overlap = top_overlap(slot_counts(tokens, routing, ["group_id", "lang"]), "lang", BOTH, 16, sizes=(16, 32))
+    assert overlap.is_empty()
+    assert {"layer", "n", "between", "gap_low"} <= set(overlap.columns)
+
+
 def test_top_sets_overlap_less_between_languages_than_within(words) -> None:
     tokens, routing, _ = words(context=3.0, n_groups=40)
     overlap = top_overlap(slot_counts(tokens, routing, ["group_id", "lang"]), "lang", BOTH, 16, sizes=(1, 4, 99))

@@ -60,6 +60,19 @@ def test_persisting_context_is_told_from_repeating_words(routed) -> None:
     assert context["word_gap"] == pytest.approx(context["word_overlap"] - context["word_null"], abs=0.02)
 
 
+def test_the_same_words_are_sought_in_another_group(routed) -> None:
+    """A prompt read again at another effort is no other text, and would give back its own experts."""
+
+    def by_document(rng, words):
+        return np.broadcast_to(rng.normal(0, 3, (len(words), 1, 1, 16)), (*words.shape, 1, 16))
+
+    tokens, routing = text(routed, by_document)
+    twice = pl.concat([tokens, tokens.with_columns(doc_id=pl.col("doc_id") + "-again")])
+    copies = pl.concat([routing, routing.with_columns(doc_id=pl.col("doc_id") + "-again")])
+    once, again = (persistence(*pair, 16).row(0, named=True) for pair in ((tokens, routing), (twice, copies)))
+    assert again["word_null"] == pytest.approx(once["word_null"], abs=0.03)
+
+
 def test_gaps_are_no_neighbours(routed) -> None:
     tokens, routing = text(routed, lambda rng, words: np.zeros(16), n_docs=2, n_tokens=10)
     found = persistence(tokens.filter(pl.col("pos") != 4), routing, 16)

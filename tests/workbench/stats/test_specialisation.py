@@ -60,6 +60,31 @@ def test_a_value_with_one_token_of_a_group_is_not_special_by_chance(draw) -> Non
     assert np.mean(missed) <= 0.05  # intervals too: an expert that met none of the twenty differs from nothing
 
 
+def test_a_word_that_repeats_within_a_group_is_not_special_by_chance(draw) -> None:
+    """Three tokens of a group that are one word take the same experts: they are not three observations."""
+    rejected = 0
+    for seed in range(12):
+        tokens, routing = draw(n_groups=30, n_tokens=20, n_layers=1, n_experts=64, k=4, seed=seed)
+        words = tokens.filter(pl.col("lang") == "ja").with_columns(
+            place=pl.when(pl.col("pos") < 3).then(pl.lit("word")).otherwise(pl.lit("other"))
+        )
+        first = routing.group_by("doc_id", maintain_order=True).agg(again=pl.col("expert_ids").first())
+        same = routing.join(first, on="doc_id", maintain_order="left").with_columns(
+            expert_ids=pl.when(pl.col("pos") < 3).then("again").otherwise("expert_ids")
+        )
+        found = specialisation(words, same, "place", 64, n_resamples=300)
+        rejected += bool((found["p_adjusted"] <= 0.05).any())
+    assert rejected <= 2
+
+
+def test_every_value_leaves_room_for_a_small_p(words) -> None:
+    tokens, routing, _ = words(n_groups=60)
+    many = tokens.with_columns(topic=pl.format("{}-{}", "topic", pl.col("group_id").str.tail(1)))
+    found = specialisation(many, routing, "topic", 16, n_resamples=10)
+    assert found["value"].n_unique() >= 10
+    assert found["p_adjusted"].min() <= 0.05
+
+
 def test_vocabulary_is_load_corrected(words) -> None:
     tokens, routing, _ = words(n_groups=40)
     by_word = tokens.select("doc_id", "pos", layer=pl.lit(0), expert_ids=pl.concat_list(pl.col("token_id") % 16))

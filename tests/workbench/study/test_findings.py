@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import polars as pl
 
-from workbench.study.findings import _contrasts, _divergence, _few_groups, counted, findings
+from workbench.study.findings import _contrasts, _divergence, _few_groups, findings
+from workbench.study.wording import counted
 
 
 def contrasts(p_largest: float, p_next: float, n_groups: int = 30) -> pl.DataFrame:

@@ -9,11 +9,12 @@ from workbench.io.runs import Run
 from workbench.plots.experts import preference_bars
 from workbench.stats.coactivation import coactivation
 from workbench.stats.load import CONTENT_SEGMENTS
+from workbench.stats.matching import at_one_effort
 from workbench.stats.specialisation import specialisation
 from workbench.study import measures
-from workbench.study.atlas import companions
+from workbench.study.atlas import _audited, _prefers, companions
 from workbench.study.methods import methods
-from workbench.study.remarks import remarks
+from workbench.study.remarks import _again, _committee, _geometry, _vocabulary, remarks
 from workbench.study.report import summarise
 
 
@@ -113,14 +114,97 @@ def test_remarks_and_methods_say_what_the_frames_hold(finished_run: Run, tokens:
     assert f"of {len(frames['pairs']):,} pairs of experts" in said["companions"]
     assert said["geometry"] == ""  # needs the model
     assert f"of {len(frames['steps']):,} pairs of an expert and one of the next layer" in said["steps"]
-    words = frames["vocabulary"].filter(pl.col("n_types") > 0).sort("excess").row(-1, named=True)
-    assert (
-        f"sends {words['specialisation']:.0%} of its tokens to one first expert in layer {words['layer']}"
-        in said["vocabulary"]
-    )
+    assert said["vocabulary"] == ""  # no word of these short texts occurs 20 times at one effort
     lines = methods(tokens, frames)
     assert any(line.startswith("Pairs of experts: ") and f"{len(frames['pairs']):,} tests" in line for line in lines)
-    tests = frames["preferences"].filter(axis="token_class")["n_tests"][0]
+    tests = frames["preferences"].filter(pl.col("p_adjusted").is_finite(), axis="token_class").height
     assert any(line.startswith("Preferences by kind of token") and f"{tests:,} tests" in line for line in lines)
     share = frames["matching"].filter(lang="ja").row(0, named=True)
     assert share["n_tokens"] == tokens.filter(pl.col("segment").is_in(CONTENT_SEGMENTS), lang="ja").height
+
+
+def test_what_would_be_found_again_counts_the_flagged_alone() -> None:
+    place = {"layer": [0, 0, 1], "expert": [1, 2, 3]}
+    frames = {
+        "reliability": pl.DataFrame({"layer": [0, 1], "spearman": [0.4, 0.9], "n_groups": [30, 30]}),
+        "contrasts": pl.DataFrame(place | {"flagged": [True, True, False]}),
+        "replication": pl.DataFrame({"replicated": [True, True, True, False]}),
+        "stability": pl.DataFrame(place | {"stability": [0.9, 0.7, 1.0]}),
+    }
+    said = _again(frames)
+    assert "30 groups agree" in said
+    assert "mean rank correlation 0.40 to 0.90 over layers" in said
+    assert "Of 4 experts flagged on the groups kept for discovery alone 3 differ again" in said
+    assert "Of the 2 flagged on all groups 1 lie beyond the floors" in said
+    few = pl.DataFrame({"layer": [0], "spearman": [float("nan")], "n_groups": [3]})
+    assert _again(frames | {"reliability": few}) == ""
+
+
+def test_the_largest_committee_is_named_with_its_interval() -> None:
+    rows = {"layer": [0, 0, 1, 1, 2], "size": [1, 1, 2, 2, 0], "coverage": [0.1, 0.1, 0.3, 0.3, 0.0]}
+    rows |= {"coverage_low": [0.05, 0.05, 0.2, 0.2, 0.0], "coverage_high": [0.2, 0.2, 0.4, 0.4, 0.0]}
+    frame = pl.DataFrame(rows | {"density_ratio": [1.5, 1.5, 2.5, 2.5, 0.0]})
+    said = _committee({"committee": frame})
+    assert said.startswith("In 2 of 3 layers some experts are among the first")
+    assert "in layer 1: 2 experts 30.0% [20.0%, 40.0%], 2.5 times as much per expert" in said
+    assert _committee({"committee": frame.filter(layer=2)}) == "No layer has experts that nearly every topic relies on."
+    assert _committee({}) == ""
+
+
+def test_geometry_says_what_it_leaves_and_where_that_is_certain() -> None:
+    frame = pl.DataFrame(
+        {
+            "layer": [0, 1],
+            "r2": [0.2, 0.6],
+            "gap": [0.1, 0.2],
+            "gap_residual": [0.05, -0.02],
+            "p": [0.01, 0.9],
+            "n_docs": [24, 24],
+        }
+    )
+    said = _geometry({"geometry": frame})
+    assert "24 documents the cosine of their hidden states explains 20% to 60%" in said
+    assert "it leaves -10% to 50%, more than chance (p at most 0.05) in 1 of 2 layers" in said
+    assert _geometry({"geometry": frame.with_columns(n_docs=2)}) == ""
+    assert _geometry({"geometry": frame.with_columns(gap_residual=float("nan"))}) == ""
+
+
+def test_words_are_told_by_the_layers_with_most_and_least_beyond_load() -> None:
+    rows = {"layer": [0, 1], "n_types": [50, 50], "specialisation": [0.9, 0.5], "null": [0.2, 0.1]}
+    frame = pl.DataFrame(rows | {"excess": [0.8, 0.4], "low": [0.7, 0.3], "high": [0.9, 0.5]})
+    said = _vocabulary(frame)
+    assert "sends 90% of its tokens to one first expert in layer 0, where most, and 50% in layer 1" in said
+    assert "make it 20% and 10%. Corrected for load that is 0.80 [0.70, 0.90] and 0.40 [0.30, 0.50]" in said
+
+
+def test_a_card_judges_by_floors_and_controls_alone() -> None:
+    row = {"risk_difference": -0.6, "low": -0.8, "high": -0.4, "p_adjusted": 0.0005, "flagged": False, "side": 0}
+    assert _prefers([row], [], judged=False).startswith("not judged: no calibrated floors for this run (JA - EN -0.600")
+    assert _prefers([row], [], judged=True).startswith("no language beyond the floors (JA - EN -0.600 [-0.800, -0.400]")
+    flagged = row | {"flagged": True, "side": -1}
+    assert _prefers([flagged], [{"stability": 0.9}], judged=True).endswith("; beyond the floors in 90% of half samples")
+    assert _prefers([flagged], [], judged=True).startswith("English (")
+    alone = row | {"low": float("nan"), "high": float("nan"), "p_adjusted": float("nan")}
+    assert _prefers([alone], [], judged=True) == "no language beyond the floors (JA - EN -0.600)"
+    audit = {"kl": 0.2, "control_kl": 0.1, "p_kl": 0.04, "n_controls": 39, "p_selective": 0.5}
+    audit |= {"selectivity": 0.5, "selectivity_low": 0.1, "selectivity_high": 0.9}
+    assert _audited(audit).startswith("more than matched controls: KL 0.2000 against 0.1000 (p 0.040, 39 draws)")
+    assert _audited(audit | {"p_kl": 0.06}).startswith("no more than matched controls")
+    assert _audited(audit).endswith("selectivity +0.50 [+0.10, +0.90] (p 0.500)")
+
+
+def test_one_reading_of_a_prompt_is_its_medium_effort() -> None:
+    tokens = pl.DataFrame({"doc_id": ["a", "b", "c"], "effort": ["high", "low", "medium"]})
+    assert at_one_effort(tokens)["doc_id"].to_list() == ["c"]
+    assert at_one_effort(tokens.filter(pl.col("effort") != "medium"))["doc_id"].to_list() == ["b"]
+    assert at_one_effort(tokens.with_columns(effort=pl.lit(None, pl.String)))["doc_id"].to_list() == ["a", "b", "c"]
+
+
+def test_what_shuffles_tokens_rests_on_one_effort(finished_run: Run, tokens: pl.DataFrame, frames) -> None:
+    once = at_one_effort(tokens)
+    content = once.filter(pl.col("segment").is_in(CONTENT_SEGMENTS))
+    assert tokens["effort"].n_unique() == 3
+    assert frames["pairs"]["n_docs"][0] == content["doc_id"].n_unique() == tokens["doc_id"].n_unique() // 3
+    assert frames["pairs"]["n_tokens"][0] == len(content)
+    bits = summarise(finished_run, tokens)["bits"]
+    assert bits["n_tokens"].unique().to_list() == [len(content)]

@@ -152,7 +152,7 @@ def test_every_number_in_the_findings_is_that_of_the_frames(finished_run: Run, p
     n_above = (frames["divergence"]["excess_low"] > 0).sum()
     assert n_certain == 0
     assert "With 5 groups in both languages, no expert could be told apart at p &lt; 0.05" in page
-    assert "These are 5 prompt groups: below 20, intervals are too narrow" in page
+    assert "These are 5 prompt groups: below 20, any interval is too narrow" in page
     assert f"different routes in {n_above} of 2 layers" in page
     assert "used more in" not in page.split("</ul>")[0]  # nothing significant, so no largest difference
     assert re.search(r"The token limit cut off \d+ of 30 answers", page)
