@@ -17,7 +17,7 @@ def layer_curves(means: pl.DataFrame, by: str, y_title: str, value: str = "mean"
     for name, look in looks(ordered(means[by])).items():
         part = means.filter(pl.col(by) == name).sort("layer")
         if {"low", "high"} <= set(part.columns):
-            fig.add_trace(_band(part, "low", "high", look.colour))
+            fig.add_trace(interval_band(part, "low", "high", look.colour))
         fig.add_trace(_curve(part, value, NAMES.get(name, str(name)), look.colour, look.dash))
     return _layer_axes(fig, y_title)
 
@@ -34,7 +34,7 @@ def divergence_curves(divergence: pl.DataFrame) -> go.Figure:
     }
     fig = figure()
     for name, (label, line_colour, dash) in looks.items():
-        fig.add_trace(_band(divergence, f"{name}_low", f"{name}_high", line_colour))
+        fig.add_trace(interval_band(divergence, f"{name}_low", f"{name}_high", line_colour))
         fig.add_trace(_curve(divergence, name, label, line_colour, dash))
     return _layer_axes(fig, "Jensen-Shannon divergence (bits)")
 
@@ -97,9 +97,10 @@ def _curve(frame: pl.DataFrame, value: str, name: str, line_colour: str, dash: s
     )
 
 
-def _band(frame: pl.DataFrame, low: str, high: str, line_colour: str) -> go.Scatter:
+def interval_band(frame: pl.DataFrame, low: str, high: str, line_colour: str, x: str = "layer") -> go.Scatter:
+    """The area between two columns of a frame, over its column `x`, which must be in order."""
     return go.Scatter(
-        x=[*frame["layer"], *frame["layer"].reverse()],
+        x=[*frame[x], *frame[x].reverse()],
         y=[*frame[low], *frame[high].reverse()],
         fill="toself",
         fillcolor=faded(line_colour, 0.2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 import polars as pl
 
-from workbench.plots.distributions import layer_curves
+from workbench.plots.distributions import interval_band, layer_curves
 from workbench.plots.theme import GREY, colour, figure, layer_step, looks, ordered
 
 FACTORS = {
@@ -146,13 +146,19 @@ def overlap_curves(overlap: pl.DataFrame, n: int) -> go.Figure:
 def timeline_curves(timeline: pl.DataFrame, y_title: str) -> go.Figure:
     """A value along each channel, from its beginning to its end, one curve per channel, mean over layers.
 
-    `timeline` comes from `stats.events.timeline`.
+    `timeline` comes from `stats.events.timeline`. With one layer, or values that are means over layers, the band is its
+    interval; intervals of several layers cannot be averaged and are not drawn.
     """
     means = timeline.group_by("segment", "bin").agg(pl.col("mean").mean(), pl.col("n_groups").min()).sort("bin")
     fig = figure(height=340)
     n_bins = int(means["bin"].max() or 0) + 1  # type: ignore[arg-type]
     for segment in ordered(means["segment"]):
         part = means.filter(pl.col("segment") == segment)
+        if timeline["layer"].n_unique() == 1:
+            band = (
+                timeline.filter(pl.col("segment") == segment).sort("bin").with_columns(x=(pl.col("bin") + 0.5) / n_bins)
+            )
+            fig.add_trace(interval_band(band, "low", "high", colour(segment), x="x"))
         fig.add_trace(
             go.Scatter(
                 x=[(place + 0.5) / n_bins for place in part["bin"]], y=part["mean"], name=segment, mode="lines+markers",

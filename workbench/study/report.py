@@ -101,6 +101,8 @@ def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
         frames["lengths"] = segment_lengths(tokens)
         entropy = run.routing.select("doc_id", "pos", "layer", "router_entropy").collect()
         frames["timeline"] = timeline(entropy, tokens, "router_entropy")
+        over_layers = entropy.group_by("doc_id", "pos", maintain_order=True).agg(pl.col("router_entropy").mean())
+        frames["timeline_mean"] = timeline(over_layers.with_columns(layer=pl.lit(0)), tokens, "router_entropy")
     frames["bits"] = decompose_routing(at_one_effort(tokens), run.routing, seed=seed)
     frames |= measure_frames(run, tokens)
     return frames | atlas_frames(run, tokens) | read_experts(run) | swap_frames(run) | read_comparison(run)
@@ -151,8 +153,8 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
         figures["preferences"] = preference_bars(clear)
     figures["persistence"] = persistence_curves(frames["persistence"])
     figures["bits"] = factor_bars(frames["bits"])
-    if not frames.get("timeline", pl.DataFrame()).is_empty():
-        figures["timeline"] = timeline_curves(frames["timeline"], "router entropy (nats)")
+    if not frames.get("timeline_mean", pl.DataFrame()).is_empty():
+        figures["timeline"] = timeline_curves(frames["timeline_mean"], "router entropy (nats)")
     if "drift" in frames:
         figures["drift"] = drift_curves(frames["drift"])
     for value, title in (("entropy", "router entropy (nats)"), ("margin", "router margin (logits)")):
