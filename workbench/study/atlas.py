@@ -56,7 +56,7 @@ def contexts(run: Run, tokens: pl.DataFrame) -> pl.DataFrame:
     )
     texts = {doc: part["token"].to_list() for (doc,), part in tokens.sort("doc_id", "pos").group_by("doc_id")}
     rows = []
-    for row in best.sort("layer", "expert").iter_rows(named=True):
+    for row in best.sort("layer", "expert", maintain_order=True).iter_rows(named=True):
         pieces, pos = texts[row["doc_id"]], row["pos"]
         around = "".join(pieces[max(pos - WIDTH, 0) : pos]), pieces[pos], "".join(pieces[pos + 1 : pos + 1 + WIDTH])
         rows.append((row["layer"], row["expert"], row["lang"], *around, row["weight"]))
@@ -69,9 +69,11 @@ def atlas_cards(frames: Mapping[str, pl.DataFrame]) -> list[Card]:
     load = frames["load_by_language"].group_by("layer", "expert").agg(pl.col("slots").sum())
     places = load.sort("layer", "expert")
     if len(places) > MAX_CARDS:
-        flagged = _flagged(frames).select("layer", "expert", pl.lit(True).alias("first"))
-        ranked = places.join(flagged, on=["layer", "expert"], how="left").sort("first", "slots", descending=True)
-        places = ranked.head(MAX_CARDS).sort("layer", "expert")
+        flagged = _flagged(frames).select("layer", "expert", first=pl.lit(True))
+        ranked = places.join(flagged, on=["layer", "expert"], how="left", maintain_order="left")
+        first = pl.col("first").fill_null(False)  # polars sorts nulls before everything
+        places = ranked.sort(first, "slots", descending=True, maintain_order=True).head(MAX_CARDS)
+        places = places.sort("layer", "expert")
     shown = {**frames, "preferred": clear_preferences(frames["preferences"]), "companions": companions(frames["pairs"])}
     index = {name: _by_place(shown[name]) for name in _USED if not shown.get(name, pl.DataFrame()).is_empty()}
     return [
@@ -87,7 +89,7 @@ def companions(pairs: pl.DataFrame) -> pl.DataFrame:
         edges.select("layer", pl.col(a).alias("expert"), pl.col(b).alias("other"), "log2_lift", "p_adjusted")
         for a, b in (("expert", "other"), ("other", "expert"))
     ]
-    return pl.concat(ends).sort("log2_lift", descending=True)
+    return pl.concat(ends).sort("log2_lift", descending=True, maintain_order=True)
 
 
 _USED = (

@@ -70,7 +70,9 @@ def clear_preferences(preferences: pl.DataFrame) -> pl.DataFrame:
     if preferences.is_empty():
         return preferences
     sure = (pl.col("p_adjusted") <= 0.05) & (pl.col("difference").abs() >= CLEAR)
-    return preferences.filter(sure.fill_null(False)).sort(pl.col("difference").abs(), descending=True)
+    return preferences.filter(sure.fill_null(False)).sort(
+        pl.col("difference").abs(), descending=True, maintain_order=True
+    )
 
 
 def some_groups(tokens: pl.DataFrame, n_tokens: int = PAIR_TOKENS) -> pl.DataFrame:

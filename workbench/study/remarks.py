@@ -83,7 +83,7 @@ def _steps(frames: Frames) -> str:
         f"From layer to layer, {len(edges):,} of {len(steps):,} pairs of an expert and one of the next layer follow "
         "each other at least 1.4 times as often as when the tokens of a document take each other's way there."
     )
-    for row in edges.sort("log2_lift", descending=True).head(1).iter_rows(named=True):
+    for row in edges.sort("log2_lift", descending=True, maintain_order=True).head(1).iter_rows(named=True):
         text += (
             f" Most so: expert {row['expert']} of layer {row['layer']} and {row['other']} of layer "
             f"{row['next_layer']}, {row['together']:,} times against {row['expected']:,.0f} expected."
@@ -98,7 +98,7 @@ def _companions(pairs: pl.DataFrame) -> str:
         "often as they would by chance, given how often every document uses each of them (p at most 0.05 after "
         f"correction; {pairs['n_tokens'][0]:,} tokens of {pairs['n_docs'][0]:,} documents)."
     )
-    for row in edges.sort("log2_lift", descending=True).head(1).iter_rows(named=True):
+    for row in edges.sort("log2_lift", descending=True, maintain_order=True).head(1).iter_rows(named=True):
         text += (
             f" Most so: experts {row['expert']} and {row['other']} of layer {row['layer']}, {row['together']:,} times "
             f"against {row['expected']:,.0f} expected."

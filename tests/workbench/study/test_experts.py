@@ -107,6 +107,19 @@ def test_a_card_says_what_the_frames_say(run: Run, measured: dict[str, pl.DataFr
     assert not card.flagged
 
 
+def test_where_cards_are_few_the_flagged_come_before_the_most_used(
+    run: Run, measured: dict[str, pl.DataFrame], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = summarise(run, run.tokens.collect())
+    load = frames["load_by_language"].group_by("layer", "expert").agg(pl.col("slots").sum()).sort("slots")
+    least, most = load.select("layer", "expert").row(0), load.select("layer", "expert").row(-1)
+    is_least = (pl.col("layer") == least[0]) & (pl.col("expert") == least[1])
+    name = "shared" if "shared" in frames else "contrasts"
+    frames[name] = frames[name].with_columns(flagged=is_least)
+    monkeypatch.setattr("workbench.study.atlas.MAX_CARDS", 2)
+    assert {(card.layer, card.expert) for card in atlas_cards(frames)} == {least, most}
+
+
 def test_contexts_are_in_the_texts_around_the_token(run: Run) -> None:
     tokens = run.tokens.collect()
     texts = ["".join(part) for part in tokens.group_by("doc_id", maintain_order=True).agg("token")["token"].to_list()]
