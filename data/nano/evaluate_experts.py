@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import platform
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def main() -> None:
     names = args.only or list(TASKS)
     made = [measure(name, args) for name in names]
     software = ", ".join(f"{name} {version(name)}" for name in ("torch", "lm_eval"))
-    text = "\n".join([f"Measured in float32 on a CPU with {software}.", "", *made])
+    text = "\n".join([f"Measured in float32 on a CPU ({platform.machine()}) with {software}.", "", *made])
     page = args.guide.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN, 1)
     args.guide.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
