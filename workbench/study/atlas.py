@@ -13,6 +13,7 @@ from workbench.plots.theme import NAMES
 from workbench.stats.coactivation import expert_graph
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.specialisation import top_tokens
+from workbench.study.languages import flagged_experts
 from workbench.study.measures import clear_preferences
 from workbench.study.wording import estimate, known
 
@@ -67,9 +68,9 @@ def contexts(run: Run, tokens: pl.DataFrame) -> pl.DataFrame:
 def atlas_cards(frames: Mapping[str, pl.DataFrame]) -> list[Card]:
     """Cards in order of layer and expert; sentences are filled from frames, and what was not measured is left out."""
     load = frames["load_by_language"].group_by("layer", "expert").agg(pl.col("slots").sum())
-    places = load.sort("layer", "expert")
+    places = load.with_columns(pl.col("layer", "expert").cast(pl.Int64)).sort("layer", "expert")
     if len(places) > MAX_CARDS:
-        flagged = _flagged(frames).select("layer", "expert", first=pl.lit(True))
+        flagged = flagged_experts(frames).select(pl.col("layer", "expert").cast(pl.Int64), first=pl.lit(True))
         ranked = places.join(flagged, on=["layer", "expert"], how="left", maintain_order="left")
         first = pl.col("first").fill_null(False)  # polars sorts nulls before everything
         places = ranked.sort(first, "slots", descending=True, maintain_order=True).head(MAX_CARDS)
@@ -104,13 +105,6 @@ def _by_place(frame: pl.DataFrame) -> Rows:
         "layer", "expert", as_dict=True, maintain_order=True
     )
     return {(int(layer), int(expert)): part.to_dicts() for (layer, expert), part in parts.items()}
-
-
-def _flagged(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
-    frame = frames.get("shared", frames.get("contrasts"))
-    return (
-        frame.filter("flagged") if frame is not None else pl.DataFrame(schema={"layer": pl.Int64, "expert": pl.Int64})
-    )
 
 
 def _card(layer: int, expert: int, index: Mapping[str, Rows], judged: bool) -> Card:

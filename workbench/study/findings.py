@@ -9,11 +9,13 @@ import polars as pl
 from workbench.axes import EFFORTS
 from workbench.plots.experts import AXES
 from workbench.plots.theme import NAMES, ordered
+from workbench.stats.validation import equivalent_experts
 from workbench.study.measures import clear_preferences
 from workbench.study.wording import counted, known
 
 ALPHA = 0.05
 FEW_GROUPS = 20
+ALIKE = 0.05  # of the tokens: a smaller difference is none for most purposes
 CORRECTED = "after correction over all of them"
 
 
@@ -95,6 +97,11 @@ def _shared(frames: dict[str, pl.DataFrame]) -> list[str]:
             f"{NAMES['ja' if top['side'] > 0 else 'en']}: {abs(top['risk_difference']):.3f} of the shared words "
             f"(95% interval of JA - EN {top['low']:+.3f} to {top['high']:+.3f})."
         )
+    alike = equivalent_experts(frame, ALIKE)["shared"].sum()
+    lines.append(
+        f"{alike} of {counted(len(frame), 'expert')} are used alike on these words to within {ALIKE:.0%} of them: "
+        "their whole interval lies there, which is more than a difference not found."
+    )
     return lines
 
 

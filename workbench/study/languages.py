@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import polars as pl
 
 from workbench.axes import LANGUAGES
@@ -69,9 +71,11 @@ def flagged_places(run: Run, tokens: pl.DataFrame) -> list[tuple[int, int]]:
     return [(layer, expert) for layer, expert in flagged_experts(frames).select("layer", "expert").rows()]
 
 
-def flagged_experts(frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
-    """The rows of the contrast of shared words, or of all words where none are shared, that are flagged."""
-    return frames.get("shared", frames["contrasts"]).filter("flagged")
+def flagged_experts(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """The rows of the contrast of shared words, or of all words where none are shared, that are flagged; none of a run
+    in one language."""
+    frame = frames.get("shared", frames.get("contrasts"))
+    return pl.DataFrame(schema={"layer": pl.Int64, "expert": pl.Int64}) if frame is None else frame.filter("flagged")
 
 
 def language_facts(run: Run, frames: dict[str, pl.DataFrame]) -> dict[str, str]:

@@ -9,10 +9,11 @@ import polars as pl
 
 from workbench.axes import LANGUAGES
 from workbench.io.runs import Run
+from workbench.stats.balance import auxiliary_loss, balance_by_scope, margin_summary
 from workbench.stats.baselines import committee
 from workbench.stats.coactivation import coactivation, cross_layer
 from workbench.stats.divergence import top_overlap
-from workbench.stats.dynamics import layer_consistency, persistence
+from workbench.stats.dynamics import layer_consistency, local_consistency, persistence
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.logits import logit_cells
 from workbench.stats.matching import at_one_effort, fertility, match_length, match_tokens, with_position_bin
@@ -26,17 +27,20 @@ AXES = ("lang", "topic", "token_class", "segment", "effort", "phase", "position_
 N_DRAWS = 39  # of pairs under the null: the least p is 1 / 40
 PAIR_TOKENS = 20_000  # whole prompt groups up to about so many tokens: each draw deals all of them anew
 CLEAR = 0.1  # a preference of at least ten tokens in a hundred
+IN_A_ROW = (4, 16, 64)  # tokens of a segment that one set of experts is to serve
 
 
 def measure_frames(run: Run, tokens: pl.DataFrame) -> Frames:
-    """preferences, vocabulary, persistence, layers (alike in how they sort tokens), pairs, steps (from layer to layer),
-    and what applies of committee, free_effort, free_channel, and `language_measures`."""
+    """preferences, vocabulary, persistence, in_a_row (tokens that one set of experts serves), layers (alike in how they
+    sort tokens), pairs, steps (from layer to layer), `evenness_frames`, and what applies of committee, free_effort,
+    free_channel, and `language_measures`."""
     once = at_one_effort(tokens)
     some = some_groups(once)
     frames = {
         "preferences": preferences(run, tokens),
         "vocabulary": vocabulary_specialisation(once, run.routing, run.n_experts, seed=run.seed),
         "persistence": persistence(once, run.routing, run.n_experts, seed=run.seed),
+        "in_a_row": local_consistency(once, run.routing, run.n_experts, IN_A_ROW, seed=run.seed),
         "layers": layer_consistency(once, run.routing, seed=run.seed),
         "pairs": coactivation(some, run.routing, run.n_experts, n_draws=N_DRAWS, seed=run.seed),
     }
@@ -48,7 +52,18 @@ def measure_frames(run: Run, tokens: pl.DataFrame) -> Frames:
         frames["committee"] = committee(cells, "topic", run.n_experts, run.manifest["model"]["k"])
     if set(LANGUAGES) <= set(tokens["lang"]):
         frames |= language_measures(run, tokens)
-    return frames | free_frames(run, tokens)
+    return frames | evenness_frames(run, tokens) | free_frames(run, tokens)
+
+
+def evenness_frames(run: Run, tokens: pl.DataFrame) -> Frames:
+    """auxiliary (the loss that balance is trained by, per layer and pooled), scopes (balance within a document, a
+    window, a language, everything) and margins (how narrowly experts were chosen; empty where all are)."""
+    k = run.manifest["model"]["k"]
+    return {
+        "auxiliary": auxiliary_loss(slot_counts(tokens, run.routing, ["group_id"]), run.n_experts),
+        "scopes": balance_by_scope(tokens, run.routing, run.n_experts, k),
+        "margins": margin_summary(tokens, run.routing),
+    }
 
 
 def preferences(run: Run, tokens: pl.DataFrame) -> pl.DataFrame:

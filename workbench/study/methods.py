@@ -76,7 +76,8 @@ def _others(tokens: pl.DataFrame, frames: Frames) -> Iterator[str]:
     once = " of one effort, since a prompt read again at another is no other text" if efforts > 1 else ""
     row = frames["persistence"].row(0, named=True)
     yield (
-        f"Bits, words, neighbours, pairs and steps rest on the documents{once}. Neighbours: {row['n_groups']} groups, "
+        f"Bits, words, neighbours, tokens in a row, likeness of layers, pairs and steps rest on the documents{once}. "
+        f"Neighbours: {row['n_groups']} groups, "
         f"{row['n_pairs']:,} pairs of tokens, {row['n_word_pairs']:,} of them with the same two words in another group."
     )
     row = frames["vocabulary"].row(0, named=True)
@@ -84,6 +85,20 @@ def _others(tokens: pl.DataFrame, frames: Frames) -> Iterator[str]:
         f"Words: {row['n_types']:,} that occur at least 20 times, {row['n_tokens']:,} tokens of {row['n_docs']:,} "
         "documents."
     )
+    yield (
+        f"Evenness, margins, tokens in a row and likeness of layers: {frames['auxiliary']['n_units'][0]} groups at "
+        "most, delete-a-group jackknife; for the likeness of layers pairs of tokens are drawn from different groups."
+    )
+    if "events" in frames:
+        turns = frames["events_mean"].unique(["turn", "value"], maintain_order=True)
+        shown = ", ".join(
+            f"{row['turn']}: {row['n_events']:,} against {row['n_controls']:,} places, {row['n_groups']} groups"
+            for row in turns.filter(value=turns["value"][0]).iter_rows(named=True)
+        )
+        yield (
+            f"Turns: {shown}; groups that have every place on both sides. Sign flips over groups, max-T over the "
+            "places of a turn, and in tables/events over its layers too; not over turns and values."
+        )
     if "stability" in frames:
         yield "Half samples: 100 random halves of the groups; discovery and validation: halves by a hash of the group."
     if "committee" in frames:

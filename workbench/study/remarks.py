@@ -5,24 +5,103 @@ from __future__ import annotations
 import polars as pl
 
 from workbench.stats.coactivation import expert_graph
-from workbench.study.wording import counted, estimate
+from workbench.study.wording import counted, estimate, known
 
 Frames = dict[str, pl.DataFrame]
 STABLE = 0.8  # share of half samples (Meinshausen & Buhlmann 2010)
 
 
 def remarks(frames: Frames) -> dict[str, str]:
-    """The page's facts fertility, again, vocabulary, companions, steps, committee and geometry; empty for what was not
-    measured."""
+    """The page's facts evenness, fertility, again, vocabulary, in_a_row, companions, steps, committee, geometry, turns
+    and margins; empty for what was not measured."""
     return {
+        "evenness": _evenness(frames),
         "fertility": _fertility(frames),
         "again": _again(frames),
         "vocabulary": _vocabulary(frames["vocabulary"]),
+        "in_a_row": _in_a_row(frames["in_a_row"]),
         "companions": _companions(frames["pairs"]),
         "steps": _steps(frames),
         "committee": _committee(frames),
         "geometry": _geometry(frames),
+        "turns": _turns(frames),
+        "margins": _margins(frames["margins"]),
     }
+
+
+def _evenness(frames: Frames) -> str:
+    """How even the load is at each scope, and what pooling the layers would hide."""
+    losses, scopes = frames["auxiliary"], frames["scopes"]
+    mean, pooled = (
+        losses.row(by_predicate=pl.col("scope") == scope, named=True) for scope in ("mean of layers", "pooled")
+    )
+    text = (
+        "The loss that balance is trained by, 1 where the load is even, is "
+        f"{estimate(mean['value'], mean['low'], mean['high'], '.3f')} on average over layers. Pooled over layers, as "
+        f"some training code does, it would be {estimate(pooled['value'], pooled['low'], pooled['high'], '.3f')}: "
+        "expert 5 of one layer is not expert 5 of another, so pooling lets unevenness cancel."
+    )
+    means = scopes.group_by("scope").agg(pl.col("entropy_corrected").mean())
+    even = dict(means.rows())
+    shown = ", ".join(f"{even[scope]:.3f} {name}" for scope, name in SCOPES.items() if known(even.get(scope)))
+    return (
+        f"{text} Entropy of the load as a share of its maximum, corrected for sample size, mean over layers: {shown}."
+    )
+
+
+SCOPES = {"document": "within a document", "language": "within a language", "global": "over everything"}
+
+
+def _in_a_row(in_a_row: pl.DataFrame) -> str:
+    """Where one set of experts serves tokens in a row best, against the same tokens shuffled."""
+    if in_a_row.is_empty():
+        return ""
+    gains = in_a_row.with_columns(gain=pl.col("srp") - pl.col("null")).sort(
+        "gain", descending=True, maintain_order=True
+    )
+    top = gains.row(0, named=True)
+    return (
+        f"The largest gain over shuffled tokens is in layer {top['layer']}: one set of experts serves {top['m']} "
+        f"tokens in a row with F1 {estimate(top['srp'], top['low'], top['high'], '.3f')}, and as many tokens from "
+        f"anywhere with {top['null']:.3f}."
+    )
+
+
+def _turns(frames: Frames) -> str:
+    """What is significant around the turns of an answer, mean over layers."""
+    if "events_mean" not in frames:
+        return ""
+    lines = []
+    for (turn, value), part in frames["events_mean"].group_by("turn", "value", maintain_order=True):
+        sure = part.filter(pl.col("p_adjusted") <= 0.05)
+        row = part.row(0, named=True)
+        sizes = f"{counted(row['n_events'], 'place')} against {row['n_controls']:,} in {row['n_groups']:,} groups"
+        if sure.is_empty():
+            lines.append(f"{turn}, {EVENT_VALUES[str(value)]}: no significant difference ({sizes})")
+            continue
+        top = sure.sort(pl.col("difference").abs(), descending=True, maintain_order=True).row(0, named=True)
+        lines.append(
+            f"{turn}, {EVENT_VALUES[str(value)]}: {len(sure)} of {len(part)} places differ, most the token "
+            f"{top['offset']:+d}: {estimate(top['difference'], top['low'], top['high'], '+.3f')} ({sizes})"
+        )
+    return f"{'; '.join(lines)}. p at most 0.05, corrected over the places of a turn."
+
+
+EVENT_VALUES = {"router_entropy": "router entropy in nats", "turnover": "share of experts changed"}
+
+
+def _margins(margins: pl.DataFrame) -> str:
+    """How many choices numerical noise could flip."""
+    if margins.is_empty():
+        return ""
+    top = margins.sort("near_0.1", descending=True, maintain_order=True).row(0, named=True)
+    ties = margins["ties"].to_numpy().max()
+    return (
+        f"Choices are closest in layer {top['layer']}: for "
+        f"{estimate(top['near_0.1'], top['near_0.1_low'], top['near_0.1_high'], '.1%')} of its tokens the margin is "
+        f"below 0.1 logits, which the rounding of bfloat16 can flip (2606.03780); its median is {top['median']:.2f}. "
+        + (f"Exact ties decide up to {ties:.2%} of a layer's tokens." if ties else "No token's choice is an exact tie.")
+    )
 
 
 def _fertility(frames: Frames) -> str:

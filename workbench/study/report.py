@@ -14,6 +14,7 @@ from workbench.errors import RunError
 from workbench.io.run_files import atomic, write_text
 from workbench.io.runs import Run
 from workbench.plots.distributions import contrast_forest, divergence_curves, layer_curves, length_bars
+from workbench.plots.dynamics import event_curves, in_a_row_curves, likeness_map
 from workbench.plots.experts import (
     audit_points,
     drift_curves,
@@ -41,7 +42,8 @@ from workbench.study.findings import findings
 from workbench.study.languages import language_facts, language_frames
 from workbench.study.measures import clear_preferences, measure_frames
 from workbench.study.methods import methods
-from workbench.study.remarks import remarks
+from workbench.study.moments import event_frames
+from workbench.study.remarks import EVENT_VALUES, remarks
 from workbench.study.swap import SWAP_SIDES, swap_frames
 from workbench.study.wording import counted
 
@@ -103,6 +105,7 @@ def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
         frames["timeline"] = timeline(entropy, tokens, "router_entropy")
         over_layers = entropy.group_by("doc_id", "pos", maintain_order=True).agg(pl.col("router_entropy").mean())
         frames["timeline_mean"] = timeline(over_layers.with_columns(layer=pl.lit(0)), tokens, "router_entropy")
+        frames |= event_frames(run, tokens)
     frames["bits"] = decompose_routing(at_one_effort(tokens), run.routing, seed=seed)
     frames |= measure_frames(run, tokens)
     return frames | atlas_frames(run, tokens) | read_experts(run) | swap_frames(run) | read_comparison(run)
@@ -152,9 +155,17 @@ def draw(frames: Frames) -> dict[str, go.Figure]:
     if not (clear := clear_preferences(frames["preferences"])).is_empty():
         figures["preferences"] = preference_bars(clear)
     figures["persistence"] = persistence_curves(frames["persistence"])
+    if not frames["in_a_row"].is_empty():
+        figures["in_a_row"] = in_a_row_curves(frames["in_a_row"])
+    if not frames["layers"].is_empty():
+        figures["layers"] = likeness_map(frames["layers"])
     figures["bits"] = factor_bars(frames["bits"])
     if not frames.get("timeline_mean", pl.DataFrame()).is_empty():
         figures["timeline"] = timeline_curves(frames["timeline_mean"], "router entropy (nats)")
+    for (value,), part in frames.get("events_mean", pl.DataFrame(schema=["value"])).group_by(
+        "value", maintain_order=True
+    ):
+        figures[f"events_{value}"] = event_curves(part, f"{EVENT_VALUES[str(value)]}, difference")
     if "drift" in frames:
         figures["drift"] = drift_curves(frames["drift"])
     for value, title in (("entropy", "router entropy (nats)"), ("margin", "router margin (logits)")):

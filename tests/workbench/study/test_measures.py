@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from workbench.io.runs import Run
+from workbench.plots.dynamics import in_a_row_curves, likeness_map
 from workbench.plots.experts import preference_bars
 from workbench.stats.coactivation import coactivation
 from workbench.stats.load import CONTENT_SEGMENTS
@@ -14,7 +15,16 @@ from workbench.stats.specialisation import specialisation
 from workbench.study import measures
 from workbench.study.atlas import _audited, _prefers, companions
 from workbench.study.methods import methods
-from workbench.study.remarks import _again, _committee, _geometry, _vocabulary, remarks
+from workbench.study.remarks import (
+    _again,
+    _committee,
+    _evenness,
+    _geometry,
+    _in_a_row,
+    _margins,
+    _vocabulary,
+    remarks,
+)
 from workbench.study.report import summarise
 
 
@@ -208,3 +218,58 @@ def test_what_shuffles_tokens_rests_on_one_effort(finished_run: Run, tokens: pl.
     assert frames["pairs"]["n_tokens"][0] == len(content)
     bits = summarise(finished_run, tokens)["bits"]
     assert bits["n_tokens"].unique().to_list() == [len(content)]
+
+
+def test_evenness_is_told_per_layer_and_why_not_pooled() -> None:
+    losses = pl.DataFrame(
+        {
+            "scope": ["layer 0", "layer 1", "mean of layers", "pooled"],
+            "value": [3.0, 2.0, 2.5, 1.0],
+            "low": [2.8, 1.9, 2.4, 0.9],
+            "high": [3.2, 2.1, 2.6, 1.1],
+        }
+    )
+    scopes = pl.DataFrame(
+        {"scope": ["document", "document", "global"], "layer": [0, 1, 0], "entropy_corrected": [0.8, 0.6, 0.95]}
+    )
+    said = _evenness({"auxiliary": losses, "scopes": scopes})
+    assert "is 2.500 [2.400, 2.600] on average over layers" in said
+    assert "it would be 1.000 [0.900, 1.100]" in said
+    assert said.endswith("mean over layers: 0.700 within a document, 0.950 over everything.")
+
+
+def test_tokens_in_a_row_are_told_by_the_largest_gain() -> None:
+    frame = pl.DataFrame(
+        {
+            "layer": [0, 1, 0, 1], "m": [4, 4, 16, 16], "srp": [0.9, 0.8, 0.5, 0.7], "low": [0.88, 0.78, 0.4, 0.6],
+            "high": [0.92, 0.82, 0.6, 0.8], "null": [0.85, 0.75, 0.45, 0.4],
+        }
+    )  # fmt: skip
+    said = _in_a_row(frame)
+    assert "is in layer 1: one set of experts serves 16 tokens in a row with F1 0.700 [0.600, 0.800]" in said
+    assert said.endswith("and as many tokens from anywhere with 0.400.")
+    assert _in_a_row(frame[:0]) == ""
+    fig = in_a_row_curves(frame)
+    named = {trace.name: list(trace.y) for trace in fig.data if trace.name}
+    assert named == {"4 tokens in a row": [0.9, 0.8], "16 tokens in a row": [0.5, 0.7]}
+    dashed = [list(trace.y) for trace in fig.data if trace.line.dash == "dash" and not trace.name]
+    assert dashed == [[0.85, 0.75], [0.45, 0.4]]
+
+
+def test_layers_are_alike_both_ways() -> None:
+    rows = {"layer": [1, 1, 3], "other": [3, 5, 5], "correlation": [0.5, 0.2, 0.1]}
+    (cells,) = likeness_map(pl.DataFrame(rows | {"low": [0.4, 0.1, 0.0], "high": [0.6, 0.3, 0.2]})).data
+    assert list(cells.x) == [1, 3, 5]
+    assert cells.z[0][1] == cells.z[1][0] == 0.5
+    assert cells.z[1][2] == cells.z[2][1] == 0.1
+    assert list(cells.customdata[2][0]) == [0.1, 0.3]
+
+
+def test_narrow_choices_are_told_with_ties() -> None:
+    rows = {"layer": [0, 1], "median": [1.0, 0.5], "near_0.1": [0.05, 0.2], "near_0.1_low": [0.04, 0.1]}
+    frame = pl.DataFrame(rows | {"near_0.1_high": [0.06, 0.3], "ties": [0.0, 0.0]})
+    said = _margins(frame)
+    assert "closest in layer 1: for 20.0% [10.0%, 30.0%] of its tokens the margin is below 0.1 logits" in said
+    assert said.endswith("its median is 0.50. No token's choice is an exact tie.")
+    assert "Exact ties decide up to 2.50% of" in _margins(frame.with_columns(ties=pl.Series([0.025, 0.0])))
+    assert _margins(frame[:0]) == ""

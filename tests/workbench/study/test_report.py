@@ -61,6 +61,8 @@ def test_the_page_has_every_figure_and_stays_small(page: str) -> None:
         "shared_map",
         "bits",
         "persistence",
+        "in_a_row",
+        "layers",
         "entropy_by_language",
         "entropy_by_segment",
         "margin_by_language",
@@ -86,7 +88,7 @@ def test_hostile_prompts_stay_text(page: str) -> None:
     parsed = Page(page)
     assert [name for name, _ in parsed.tags].count(
         "script"
-    ) == 19  # fifteen figures, the explorer's data, plotly, our own, the explorer's
+    ) == 21  # seventeen figures, the explorer's data, plotly, our own, the explorer's
     assert "img" not in [name for name, _ in parsed.tags]
     assert "alert(1)</script>" not in page
 

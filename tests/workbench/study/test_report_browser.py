@@ -58,7 +58,7 @@ def opened(request: pytest.FixtureRequest, browser, finished_run: Run) -> Iterat
 
 def test_every_figure_is_drawn_and_nothing_complains(opened: Opened, tmp_path: Path) -> None:
     places = opened.page.locator("[data-figure]").count()
-    assert places == 15
+    assert places == 17
     opened.page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot').length === {places}")
     drawn = opened.page.eval_on_selector_all(
         ".js-plotly-plot",
