@@ -62,7 +62,7 @@ slow: $(VENV)/dev
 
 browser: $(VENV)/dev
 	@sh .ci/install-chromium
-	$(BIN)/python -m pytest -m browser $(TESTS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 2 $(SPREAD) -m browser $(TESTS)
 
 lab: $(VENV)/notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -87,7 +87,7 @@ $(TRITONS)/$(OLD_TRITON): $(VENV)/dev
 	@touch $@
 
 kernels: $(TRITONS)/$(OLD_TRITON)
-	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" tests/kernels/interpreted
+	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 $(SPREAD) -m "not slow" tests/kernels/interpreted
 	PYTHONPATH=$(TRITONS)/$(OLD_TRITON) $(BIN)/python kernels/tools/aot_check.py --no-ledger --arch sm_90 --formats bfloat16/16 --jobs 2
 
 kernels-aot: $(VENV)/dev

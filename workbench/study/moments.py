@@ -10,7 +10,8 @@ from workbench.stats.events import channel_changes, event_average, sentence_star
 from workbench.stats.load import CONTENT_SEGMENTS
 
 Frames = dict[str, pl.DataFrame]
-REACH = 8  # tokens on each side of an event
+REACH = 8  # tokens on each side of an event, fewer where most answers are shorter
+MOST = 0.8  # of the groups that have a turn must hold every place
 VALUES = ("router_entropy", "turnover")
 
 
@@ -18,26 +19,40 @@ def event_frames(run: Run, tokens: pl.DataFrame) -> Frames:
     """events (every layer) and events_mean (layer 0: the mean over layers); none without a group that has both an event
     and a control.
 
-    Rows of `stats.event_average` for each of VALUES (column value) and each turn (column turn): "final begins" and
-    "thought switch", both against the other sentence starts of the thinking of the same groups.
+    Rows of `stats.event_average` for each of VALUES (column value) and each turn (column turn): "final begins" (from
+    its first token on: headers come before it) and "thought switch", both against the other sentence starts of the
+    thinking of the same groups.
     """
     turns = turns_of(tokens)
     if not turns:
         return {}
     content = tokens.filter(pl.col("segment").is_in(CONTENT_SEGMENTS)).select("doc_id", "pos")
     values = routing_values(run, tokens).join(content, on=["doc_id", "pos"], how="semi")
-    mean = values.group_by("doc_id", "pos", maintain_order=True).agg(pl.col(VALUES).mean(), layer=pl.lit(0))
-    frames = {}
-    for name, part in (("events", values), ("events_mean", mean)):
-        found = [
-            _labelled(event_average(part.drop_nulls(value), tokens, *pair, value, REACH, seed=run.seed), turn, value)
-            for turn, pair in turns.items()
-            for value in VALUES
-        ]
-        kept = [frame for frame in found if not frame.is_empty()]
-        if kept:
-            frames[name] = pl.concat(kept)
-    return frames
+    found: dict[str, list[pl.DataFrame]] = {"events": [], "events_mean": []}
+    for turn, (events, controls) in turns.items():
+        part = _without_before(values, events) if turn == "final begins" else values
+        for value in VALUES:
+            known = part.select("doc_id", "pos", "layer", value).drop_nulls()
+            mean = known.group_by("doc_id", "pos", maintain_order=True).agg(pl.col(value).mean(), layer=pl.lit(0))
+            reach = fitting_reach(mean, tokens, events, controls, value)
+            for name, frame in (("events", known), ("events_mean", mean)):
+                average = event_average(frame, tokens, events, controls, value, reach, seed=run.seed)
+                if "n_groups" in average.columns:  # some group has both sides
+                    found[name].append(
+                        average.select(pl.lit(turn).alias("turn"), pl.lit(value).alias("value"), pl.all())
+                    )
+    return {name: pl.concat(frames) for name, frames in found.items() if frames}
+
+
+def fitting_reach(
+    values: pl.DataFrame, tokens: pl.DataFrame, events: pl.DataFrame, controls: pl.DataFrame, value: str
+) -> int:
+    """The largest reach up to REACH at which MOST of the groups with both an event and a control hold every place."""
+    sizes = {}
+    for reach in range(REACH + 1):
+        average = event_average(values, tokens, events, controls, value, reach, n_resamples=1)
+        sizes[reach] = average["n_groups"][0] if "n_groups" in average.columns else 0
+    return max(reach for reach, n in sizes.items() if n >= MOST * sizes[0])
 
 
 def turns_of(tokens: pl.DataFrame) -> dict[str, tuple[pl.DataFrame, pl.DataFrame]]:
@@ -52,10 +67,13 @@ def routing_values(run: Run, tokens: pl.DataFrame) -> pl.DataFrame:
     """doc_id, pos, layer and VALUES of every token."""
     entropy = run.routing.select("doc_id", "pos", "layer", "router_entropy").collect()
     motion = token_motion(tokens, run.routing, run.n_experts).select("doc_id", "pos", "layer", "turnover")
-    return motion.join(entropy.with_columns(pl.col("layer").cast(pl.Int64)), on=["doc_id", "pos", "layer"])
+    same = entropy.with_columns(pl.col("layer").cast(pl.Int64), pl.col("router_entropy").cast(pl.Float64))
+    return motion.join(same, on=["doc_id", "pos", "layer"])
 
 
-def _labelled(frame: pl.DataFrame, turn: str, value: str) -> pl.DataFrame:
-    return frame.filter(pl.col("difference").is_not_null()).select(
-        pl.lit(turn).alias("turn"), pl.lit(value).alias("value"), pl.all()
-    )
+def _without_before(values: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
+    """Without the REACH positions before each event."""
+    offsets = pl.DataFrame({"offset": range(1, REACH + 1)})
+    place = (pl.col("pos") - pl.col("offset")).cast(values.schema["pos"])
+    before = events.join(offsets, how="cross").select("doc_id", place)
+    return values.join(before, on=["doc_id", "pos"], how="anti")

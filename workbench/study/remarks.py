@@ -95,12 +95,12 @@ def _margins(margins: pl.DataFrame) -> str:
     if margins.is_empty():
         return ""
     top = margins.sort("near_0.1", descending=True, maintain_order=True).row(0, named=True)
-    ties = margins["ties"].to_numpy().max()
+    ties = round((margins["ties"] * margins["n_tokens"]).sum())
     return (
         f"Choices are closest in layer {top['layer']}: for "
         f"{estimate(top['near_0.1'], top['near_0.1_low'], top['near_0.1_high'], '.1%')} of its tokens the margin is "
         f"below 0.1 logits, which the rounding of bfloat16 can flip (2606.03780); its median is {top['median']:.2f}. "
-        + (f"Exact ties decide up to {ties:.2%} of a layer's tokens." if ties else "No token's choice is an exact tie.")
+        + f"Exact ties decide {ties:,} of {margins['n_tokens'].sum():,} choices of a token and layer."
     )
 
 

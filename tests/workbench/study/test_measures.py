@@ -267,9 +267,9 @@ def test_layers_are_alike_both_ways() -> None:
 
 def test_narrow_choices_are_told_with_ties() -> None:
     rows = {"layer": [0, 1], "median": [1.0, 0.5], "near_0.1": [0.05, 0.2], "near_0.1_low": [0.04, 0.1]}
-    frame = pl.DataFrame(rows | {"near_0.1_high": [0.06, 0.3], "ties": [0.0, 0.0]})
+    frame = pl.DataFrame(rows | {"near_0.1_high": [0.06, 0.3], "ties": [0.0, 0.0], "n_tokens": [1000, 1200]})
     said = _margins(frame)
     assert "closest in layer 1: for 20.0% [10.0%, 30.0%] of its tokens the margin is below 0.1 logits" in said
-    assert said.endswith("its median is 0.50. No token's choice is an exact tie.")
-    assert "Exact ties decide up to 2.50% of" in _margins(frame.with_columns(ties=pl.Series([0.025, 0.0])))
+    assert said.endswith("its median is 0.50. Exact ties decide 0 of 2,200 choices of a token and layer.")
+    assert "Exact ties decide 25 of 2,200" in _margins(frame.with_columns(ties=pl.Series([0.025, 0.0])))
     assert _margins(frame[:0]) == ""

@@ -39,7 +39,7 @@ def made_up(bump: float, n_docs: int = 20) -> tuple[SimpleNamespace, pl.DataFram
             tokens.select("doc_id", "pos").with_columns(
                 layer=pl.lit(layer, dtype=pl.Int16),
                 expert_ids=pl.Series(ids.tolist(), dtype=pl.List(pl.Int16)),
-                router_entropy=pl.Series(rng.normal(size=len(tokens)) + bump * first),
+                router_entropy=pl.Series(rng.normal(size=len(tokens)) + bump * first, dtype=pl.Float32),
             )
         )
     return SimpleNamespace(routing=pl.concat(frames).lazy(), n_experts=N_EXPERTS, seed=0), tokens
@@ -66,8 +66,19 @@ def test_headers_between_messages_are_no_part_of_it() -> None:
     run, tokens = made_up(0.0)
     frame = event_frames(run, tokens)["events"]  # type: ignore[arg-type]
     final = frame.filter(turn="final begins", value="router_entropy", layer=1)
-    assert final["offset"].to_list() == [*range(-REACH, -3), *range(REACH + 1)]
+    assert final["offset"].to_list() == [*range(REACH + 1)]
     assert frame.filter(turn="thought switch", value="router_entropy", layer=1)["offset"].len() == 2 * REACH + 1
+
+
+def test_where_answers_are_short_fewer_places_are_looked_at() -> None:
+    run, tokens = made_up(6.0)
+    short = tokens.filter((pl.col("segment") != "final") | (pl.col("pos_in_segment") < 5))
+    frame = event_frames(run, short)["events"]  # type: ignore[arg-type]
+    final = frame.filter(turn="final begins", value="router_entropy", layer=1)
+    assert final["offset"].to_list() == [*range(5)]
+    assert final["n_groups"].unique().to_list() == [20]
+    turnover = frame.filter(turn="final begins", value="turnover", layer=1)
+    assert turnover["offset"].to_list() == [*range(4)]  # the last token has no next one
 
 
 def test_a_run_without_turns_or_without_controls_has_no_such_frames() -> None:
@@ -75,6 +86,12 @@ def test_a_run_without_turns_or_without_controls_has_no_such_frames() -> None:
     assert set(turns_of(tokens)) == {"final begins", "thought switch"}
     calm = tokens.with_columns(token=pl.col("token").replace(" wait", " so"))
     assert set(turns_of(calm)) == {"final begins"}
+    first = pl.col("group_id").str.ends_with("1")
+    lone = first & (pl.col("token") == ".") & (pl.col("token").shift(-1) != " wait")  # there the switch stands alone
+    calm = ~first & (pl.col("token") == " wait")  # and here there is none
+    never_both = pl.when(lone).then(pl.lit(",")).when(calm).then(pl.lit(" so")).otherwise("token")
+    apart = event_frames(run, tokens.with_columns(token=never_both))["events"]  # type: ignore[arg-type]
+    assert set(apart["turn"]) == {"final begins"}
     one_sentence = tokens.with_columns(token=pl.col("token").replace(".", ","))
     assert event_frames(run, one_sentence) == {}  # type: ignore[arg-type]
     assert _turns({}) == ""
