@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from workbench.plots.distributions import interval_band, layer_curves
+from workbench.plots.distributions import interval_band
 from workbench.plots.theme import DIVERGING, GREY, TEMPLATE, figure, layer_step, looks
 
 
@@ -43,23 +43,26 @@ def in_a_row_curves(in_a_row: pl.DataFrame) -> go.Figure:
 
     `in_a_row` comes from `stats.dynamics.local_consistency`.
     """
-    names = {m: f"{m} tokens in a row" for m in in_a_row["m"].unique().sort()}
-    fig = layer_curves(
-        in_a_row.with_columns(what=pl.col("m").replace_strict(names, return_dtype=pl.String)),
-        "what",
-        "served by one set (F1)",
-        value="srp",
-    )
-    shades = {trace.name: trace.line.color for trace in fig.data if trace.name}
-    for m, name in names.items():
+    fig = figure()
+    for m, look in looks(in_a_row["m"].unique().sort().to_list()).items():
         part = in_a_row.filter(m=m).sort("layer")
+        fig.add_trace(interval_band(part, "low", "high", look.colour))
+        fig.add_trace(
+            go.Scatter(
+                x=part["layer"], y=part["srp"], name=f"{m} tokens in a row", mode="lines+markers",
+                line={"color": look.colour, "width": 2}, marker={"size": 7, "symbol": look.symbol},
+                hovertemplate=f"{m} tokens in a row<br>layer %{{x}}: %{{y:.3f}}<extra></extra>",
+            )
+        )  # fmt: skip
         fig.add_trace(
             go.Scatter(
                 x=part["layer"], y=part["null"], mode="lines", showlegend=False,
-                line={"color": shades[name], "dash": "dash", "width": 1},
+                line={"color": look.colour, "dash": "dash", "width": 1},
                 hovertemplate=f"{m} shuffled tokens<br>layer %{{x}}: %{{y:.3f}}<extra></extra>",
             )
         )  # fmt: skip
+    fig.update_xaxes(title_text="layer", tickformat="d", tick0=0, dtick=layer_step(in_a_row["layer"].n_unique()))
+    fig.update_yaxes(title_text="served by one set (F1)")
     return fig
 
 

@@ -77,14 +77,14 @@ def _turns(frames: Frames) -> str:
         row = part.row(0, named=True)
         sizes = f"{counted(row['n_events'], 'place')} against {row['n_controls']:,} in {row['n_groups']:,} groups"
         if sure.is_empty():
-            lines.append(f"{turn}, {EVENT_VALUES[str(value)]}: no significant difference ({sizes})")
+            lines.append(f"{str(turn).capitalize()}, {EVENT_VALUES[str(value)]}: no significant difference ({sizes}).")
             continue
         top = sure.sort(pl.col("difference").abs(), descending=True, maintain_order=True).row(0, named=True)
         lines.append(
-            f"{turn}, {EVENT_VALUES[str(value)]}: {len(sure)} of {len(part)} places differ, most the token "
-            f"{top['offset']:+d}: {estimate(top['difference'], top['low'], top['high'], '+.3f')} ({sizes})"
+            f"{str(turn).capitalize()}, {EVENT_VALUES[str(value)]}: {len(sure)} of {len(part)} places differ, most token "
+            f"{top['offset']:+d} by {estimate(top['difference'], top['low'], top['high'], '+.3f')} ({sizes})."
         )
-    return f"{'; '.join(lines)}. p at most 0.05, corrected over the places of a turn."
+    return f"{' '.join(lines)} p at most 0.05, corrected over the places of a turn."
 
 
 EVENT_VALUES = {"router_entropy": "router entropy in nats", "turnover": "share of experts changed"}

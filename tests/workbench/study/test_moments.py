@@ -57,9 +57,9 @@ def test_what_happens_at_a_turn_is_found_there_and_nowhere_else() -> None:
     both = frames["events"].filter(turn="final begins", value="router_entropy", offset=0)
     assert np.isclose(both["difference"].to_numpy().mean(), mean["difference"])
     text = _turns(frames)
-    assert "final begins, router entropy in nats: 1 of" in text
-    assert "most the token +0" in text
-    assert "thought switch, router entropy in nats: no significant difference (20 places" in text
+    assert "Final begins, router entropy in nats: 1 of" in text
+    assert "most token +0 by +" in text
+    assert "Thought switch, router entropy in nats: no significant difference (20 places" in text
 
 
 def test_headers_between_messages_are_no_part_of_it() -> None:
