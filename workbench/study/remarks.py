@@ -81,8 +81,8 @@ def _turns(frames: Frames) -> str:
             continue
         top = sure.sort(pl.col("difference").abs(), descending=True, maintain_order=True).row(0, named=True)
         lines.append(
-            f"{str(turn).capitalize()}, {EVENT_VALUES[str(value)]}: {len(sure)} of {len(part)} places differ, most token "
-            f"{top['offset']:+d} by {estimate(top['difference'], top['low'], top['high'], '+.3f')} ({sizes})."
+            f"{str(turn).capitalize()}, {EVENT_VALUES[str(value)]}: {len(sure)} of {len(part)} places differ, most "
+            f"token {top['offset']:+d} by {estimate(top['difference'], top['low'], top['high'], '+.3f')} ({sizes})."
         )
     return f"{' '.join(lines)} p at most 0.05, corrected over the places of a turn."
 
