@@ -49,7 +49,7 @@ RECIPES = {
     for recipe in (
         Recipe("nano-moe-base", None, 4_915_200, 0.0, 2e-3, 2e-2),
         Recipe("nano-moe-thinking", "nano-moe-base", 5_734_400, 0.8, 1e-3, 1e-2, cycles=2),
-        Recipe("nano-dense-base", None, 8_192_000, 0.0, 2e-3, 2e-2, cycles=2),
+        Recipe("nano-dense-base", None, 12_288_000, 0.0, 2e-3, 2e-2, cycles=3),
         Recipe("nano-dense-thinking", "nano-dense-base", 11_059_200, 0.8, 1e-3, 1e-2, cycles=3),
     )
 }

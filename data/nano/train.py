@@ -105,6 +105,7 @@ class Run:
         self.step, self.seconds = 0, 0.0
         # a continued run reads documents that the run before it has not read
         self.next_example = 0 if recipe.start is None else 10_000_000
+        self.used = 0  # batches of the pool that begins there
         self._restore()
 
     def _state_file(self, name: str) -> Path:
@@ -119,6 +120,7 @@ class Run:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state[name])
             self.step, self.next_example, self.seconds = state["step"], state["next_example"], state["seconds"]
+            self.used = state["used"]
         elif self.recipe.start is not None:
             before = self._state_file(self.recipe.start)
             if not before.is_file():
@@ -131,19 +133,21 @@ class Run:
         """Write everything that `_restore` needs; the file is replaced in one go."""
         path = self._state_file(self.recipe.name)
         state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        state |= {"model": self.model.state_dict(), "step": self.step, "next_example": self.next_example}
-        torch.save(state | {"seconds": self.seconds}, path.with_suffix(".new"))
+        state |= {"model": self.model.state_dict(), "step": self.step, "seconds": self.seconds}
+        torch.save(state | {"next_example": self.next_example, "used": self.used}, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
     def batches(self) -> Iterator[Batch]:
-        """Batches without end; `next_example` moves on, and the state is saved, only between pools."""
+        """Batches without end; the state is saved between pools, and at the end of the run."""
         saved = time.monotonic()
         while True:
             ready, following = pool(
                 self.tokenizer, self.recipe.seed, self.next_example, self.recipe.chat_share, self.recipe.batch_tokens
             )
-            yield from ready
-            self.next_example = following
+            for batch in ready[self.used :]:
+                self.used += 1
+                yield batch
+            self.next_example, self.used = following, 0
             if time.monotonic() - saved > SAVE_EVERY:
                 self.save_state()
                 saved = time.monotonic()

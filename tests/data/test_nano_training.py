@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,19 +136,33 @@ def test_a_few_steps_learn_and_repeat_bit_for_bit(recipe: Recipe, tmp_path: Path
     assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
 
 
-def test_an_interrupted_run_continues_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", ["inside a pool", "between pools", "in the second pool"])
+def test_an_interrupted_run_continues_where_it_was(stop: str, tmp_path: Path) -> None:
+    n_pool = len(pool(TOKENIZER, TINY.seed, 0, TINY.chat_share, TINY.batch_tokens)[0])
+    n_before = {"inside a pool": 2, "between pools": n_pool, "in the second pool": n_pool + 1}[stop]
     straight = Run(TINY, tmp_path, steps=30)
     stream = straight.batches()
-    n_pool = len(pool(TOKENIZER, TINY.seed, 0, TINY.chat_share, TINY.batch_tokens)[0])
-    for _ in range(n_pool):
+    for _ in range(n_before):
         straight.train_step(next(stream))
-    following = next(stream)  # the pool is used up: this is where a state may be written
     straight.save_state()
-    straight.train_step(following)
     resumed = Run(TINY, tmp_path, steps=30)
-    assert resumed.step == n_pool
-    resumed.train_step(next(resumed.batches()))
+    assert resumed.step == n_before
+    rest = resumed.batches()
+    for _ in range(2):
+        assert straight.train_step(next(stream)) == resumed.train_step(next(rest))
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(straight).items())
+
+
+def test_a_longer_recipe_continues_a_finished_run(tmp_path: Path) -> None:
+    short, longer = replace(TINY_DENSE, tokens=3 * 256), replace(TINY_DENSE, tokens=6 * 256, cycles=2)
+    Run(short, tmp_path, None).train()
+    continued = Run(longer, tmp_path, None)
+    assert (continued.step, continued.steps) == (3, 6)
+    continued.train()
+    (tmp_path / "straight").mkdir()
+    straight = Run(longer, tmp_path / "straight", None)
+    straight.train()
+    assert all(torch.equal(value, weights(continued)[name]) for name, value in weights(straight).items())
 
 
 def test_a_thinking_run_starts_from_its_base(tmp_path: Path) -> None:

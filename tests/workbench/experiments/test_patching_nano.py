@@ -75,7 +75,9 @@ def sums(model: Llama) -> tuple[Pairs, Metric]:
     knows = (model(clean)[:, -1].argmax(-1) == right) & (model(corrupt)[:, -1].argmax(-1) == wrong)
     assert int(knows.sum()) >= 6, "a model that was trained on them"
     pairs = Pairs(clean[knows], corrupt[knows])
-    return name_places(pairs, range(pairs.n_pos)), logit_difference(right[knows], wrong[knows])
+    return name_places(pairs, range(pairs.n_pos), tail=("added", "equals", "last")), logit_difference(
+        right[knows], wrong[knows]
+    )
 
 
 def changed_column(pairs: Pairs) -> int:
@@ -83,19 +85,21 @@ def changed_column(pairs: Pairs) -> int:
     return int(column)
 
 
-def name_places(pairs: Pairs, columns: range) -> Pairs:
-    """The token that changed, the last one, and the others by their number."""
-    names = {changed_column(pairs): "changed", pairs.n_pos - 1: "last"}
+def name_places(pairs: Pairs, columns: range, tail: tuple[str, ...] = ("last",)) -> Pairs:
+    """The token that changed, the last ones by their names in `tail`, and the others by their number."""
+    names = {changed_column(pairs): "changed"} | {pairs.n_pos - len(tail) + n: name for n, name in enumerate(tail)}
     return replace(pairs, positions={names.get(pos, str(pos)): [pos] * pairs.n_pairs for pos in columns})
 
 
-def means(model: Llama, pairs: Pairs, metric: Metric, **options: Any) -> dict[str, pl.DataFrame]:
-    """Of the stream after each layer: at the token that changed, at the last one, at both at once, and elsewhere."""
-    result = patch(
-        model, pairs, metric, "resid_post", together={"both": ["changed", "last"]}, progress=False, **options
-    )
+FACT_PLACES = ["changed", "last"]
+SUM_PLACES = ["changed", "added", "equals", "last"]  # both numbers, the sign, and the space where the answer is due
+
+
+def means(model: Llama, pairs: Pairs, metric: Metric, places: list[str], **options: Any) -> dict[str, pl.DataFrame]:
+    """Of the stream after each layer: at each of `places` alone, at all of them at once ("right"), and elsewhere."""
+    result = patch(model, pairs, metric, "resid_post", together={"right": places}, progress=False, **options)
     table = result.mean("recovered", by=["layer", "pos"]).sort("layer")
-    found = {pos: table.filter(pl.col("pos") == pos) for pos in ("changed", "last", "both")}
+    found = {pos: table.filter(pl.col("pos") == pos) for pos in (*places, "right")}
     return found | {"elsewhere": table.filter(~pl.col("pos").is_in(list(found)))}
 
 
@@ -105,11 +109,10 @@ def random_sites(elsewhere: pl.DataFrame) -> pl.Series:
 
 def assert_it_is_there_and_nowhere_else(found: dict[str, pl.DataFrame], n_layers: int) -> None:
     """The answer goes from the token it is about to the end; how fast, layer by layer, is the model's affair."""
-    changed, last, both = (found[pos]["mean"] for pos in ("changed", "last", "both"))
-    assert both[1:].min() >= 0.9, "the two places hold the answer, in every layer that has read the prompt"
-    assert found["both"]["low"][1:].min() >= 0.85, "over the pairs too"
-    assert changed[0] > 0.65, "all of it, or nearly, is at the token"
-    assert last[0] < 0.1, "not yet"
+    changed, last, right = (found[pos]["mean"] for pos in ("changed", "last", "right"))
+    assert right.min() >= 0.9, "these places hold the answer, in every layer"
+    assert found["right"]["low"].min() >= 0.85, "over the pairs too"
+    assert changed[0] > 3 * abs(last[0]), "most of it is at the token"
     assert last[n_layers - 1] == pytest.approx(1, abs=1e-3)
     assert abs(changed[n_layers - 1]) < 1e-3, "no longer"
     assert random_sites(found["elsewhere"]).mean() < 0.05, "a random site restores nothing"
@@ -120,23 +123,25 @@ def assert_it_is_there_and_nowhere_else(found: dict[str, pl.DataFrame], n_layers
 @pytest.mark.slow
 @pytest.mark.parametrize("lang", ["ja", "en"])
 def test_a_fact_goes_from_its_subject_to_the_end(nano: Llama, lang: str) -> None:
-    found = means(nano, *capitals(nano, lang))
+    found = means(nano, *capitals(nano, lang), FACT_PLACES)
     assert_it_is_there_and_nowhere_else(found, nano.cfg.n_layers)
-    assert found["both"]["mean"][0] >= 0.9
     assert found["changed"]["mean"][0] > 0.85, "nearly all of it is still at the subject"
+    assert found["last"]["mean"][0] < 0.1, "not yet at the end"
 
 
 @torch.no_grad()
 @pytest.mark.slow
 def test_noising_the_subject_destroys_the_fact(nano: Llama) -> None:
-    found = means(nano, *capitals(nano, "en"), direction="noise")
+    found = means(nano, *capitals(nano, "en"), FACT_PLACES, direction="noise")
     assert found["changed"]["mean"].min() < 0.1
-    assert found["both"]["mean"][1:].max() < 0.1
+    assert found["right"]["mean"][1:].max() < 0.1
     assert random_sites(found["elsewhere"]).min() > 0.85
 
 
 @torch.no_grad()
 @pytest.mark.slow
 def test_a_sum_goes_from_its_number_to_the_end(nano: Llama) -> None:
-    found = means(nano, *sums(nano))
+    found = means(nano, *sums(nano), SUM_PLACES)
     assert_it_is_there_and_nowhere_else(found, nano.cfg.n_layers)
+    alone = pl.concat([found[pos].select("layer", "mean", pos=pl.lit(pos)) for pos in SUM_PLACES])
+    assert alone.group_by("layer").agg(pl.col("mean").max())["mean"].min() < 0.5, "no place alone holds it all the way"
