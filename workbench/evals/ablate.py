@@ -86,7 +86,7 @@ def ablate_by_scan(
     items = pl.concat(frames)
     discovery = items.filter(_is_discovery(items))
     metric = choose_metric(items, plan.metric)
-    scan = language_losses(item_losses(discovery), metric, plan.n_resamples, plan.seed)
+    scan = language_losses(item_losses(discovery), metric)
     scan = _with_places(scan, places, mode)
     chosen = scan_places(scan, n)
     targets = [Target(f"{mode} {lang} {n}", knock_out(found, mode), found) for lang, found in chosen.items()]
@@ -129,7 +129,7 @@ def _finish(
     plan = ablator.plan
     metric = choose_metric(items, plan.metric)
     losses = item_losses(items if scan is None else items.filter(~_is_discovery(items)))
-    summary = language_losses(losses, metric, plan.n_resamples, plan.seed)
+    summary = language_losses(losses, metric)
     conditions = _conditions(ablator)
     controls = {
         target.name: conditions.filter(pl.col("target") == target.name, pl.col("role") == "control")[
@@ -137,7 +137,7 @@ def _finish(
         ].to_list()
         for target in targets
     }
-    judged = judge(losses, summary, controls, metric, plan.seed)
+    judged = judge(losses, summary, controls, metric, plan.seed, plan.n_resamples)
     judged = judged.with_columns(
         carries=carries(judged), experts=pl.Series([_named(targets, name) for name in judged["condition"]])
     )

@@ -9,10 +9,10 @@ import polars as pl
 from scipy.stats import rankdata
 
 from workbench.errors import FrameError
-from workbench.stats.index import Frame, Ints, codes, locate
+from workbench.stats.index import Frame, Ints, check_counts, check_experts, codes, locate
 from workbench.stats.information import mixed
 from workbench.stats.load import frequency_cube, slot_counts
-from workbench.stats.resampling import Floats, block_jackknife
+from workbench.stats.resampling import Floats, block_jackknife, pair_jackknife
 
 
 def committee(
@@ -32,6 +32,7 @@ def committee(
     eci_low, coverage_low, density_ratio_low and _high: delete-a-group jackknife over units, of the committee that was
     found; stability: the share of those leavings-out in which the expert is still, or still not, in the committee.
     """
+    check_counts(cells, n_experts)
     conditions, layers = cells[axis].unique().sort().to_list(), cells["layer"].unique().sort().to_list()
     names = cells[unit].unique().sort()
     cube = np.full((len(conditions), len(names), len(layers), n_experts), np.nan)
@@ -112,6 +113,7 @@ def anchor_pmi(
     label[place[place >= 0]] = found["event"].to_list()
     marked = kept.with_columns(event=pl.Series(label.tolist()))
     counts = slot_counts(marked, routing, [unit, "event"], names)
+    check_experts(counts["expert"].max(), n_experts)  # type: ignore[arg-type]
     units, events = codes(counts[unit]), counts["event"].unique().sort().to_list()
     layers = counts["layer"].unique().sort().to_list()
     slots = np.zeros((int(units.max(initial=-1)) + 1, len(events), len(layers), n_experts))
@@ -161,10 +163,13 @@ def geometry_baseline(
     document, from `capture.router_inputs`); labels: doc_id, `axis` and `unit`. Over all pairs of documents routing
     similarity (sum of sqrt(q q'), 1 for the same distribution) is regressed on the cosine of the centred hidden states
     and its square. Columns layer, r2, gap (mean similarity of pairs of the same label less that of different ones),
-    gap_residual (the same of the residuals: what geometry leaves), p (labels exchanged within units that have several,
-    else between units, one-sided, of gap_residual), n_docs, n_pairs. Documents of one unit and label, say a text at
-    three efforts, keep one label: they are alike whatever the label means. Without `unit` in labels every document is
-    taken for a text of its own.
+    gap_residual (the same of the residuals: what geometry leaves), each with _low and _high, p, n_docs, n_pairs,
+    n_units. Null of gap_residual: the labels are exchanged within units that have several, else between units; p is
+    one-sided. Documents of one unit and label, say a text at three efforts, keep one label: they are alike whatever the
+    label means. Without `unit` in labels every document is taken for a text of its own.
+
+    Intervals: 95%, jackknife over the units of both documents (`resampling.pair_jackknife`), fitted anew. p rests on which documents have which label, the interval on which were read: with few units they may disagree
+    near 0. Null where there is nothing to compare, as with one label.
     """
     docs = labels.join(counts.select("doc_id").unique(), on="doc_id").unique("doc_id").sort("doc_id")
     place = {name: number for number, name in enumerate(docs["doc_id"])}
@@ -172,20 +177,35 @@ def geometry_baseline(
     upper = np.triu_indices(len(docs), 1)
     rng = np.random.default_rng(seed)
     owner = codes(docs[unit]) if unit in docs.columns else np.arange(len(docs))
-    shuffles = [label, *_exchanged_labels(label, owner, n_shuffles, rng)]
+    n_units = int(owner.max(initial=-1)) + 1
+    shuffles, same = [label, *_exchanged_labels(label, owner, n_shuffles, rng)], label[upper[0]] == label[upper[1]]
     rows = []
     for layer in counts["layer"].unique().sort().to_list():
         routes, states = _document_vectors(counts, hidden, layer, place, n_experts)
-        likeness = (np.sqrt(routes) @ np.sqrt(routes).T)[upper]
-        cosine = _centred_cosine(states)[upper]
-        design = np.stack([np.ones_like(cosine), cosine, cosine**2], axis=1)
-        residual = likeness - design @ np.linalg.lstsq(design, likeness, rcond=None)[0]
-        r2 = 1 - residual.var() / max(likeness.var(), 1e-300)
-        gaps = [_gap(residual, shuffled, upper) for shuffled in shuffles]
-        p = sum(gap >= gaps[0] - 1e-15 for gap in gaps) / len(gaps)
-        rows.append((layer, r2, _gap(likeness, label, upper), gaps[0], p, len(docs), len(cosine)))
-    names = ["layer", "r2", "gap", "gap_residual", "p", "n_docs", "n_pairs"]
-    return pl.DataFrame(rows, schema=names, orient="row")
+        likeness, cosine = (np.sqrt(routes) @ np.sqrt(routes).T)[upper], _centred_cosine(states)[upper]
+
+        def measures(some: np.ndarray, likeness: Floats = likeness, cosine: Floats = cosine) -> Floats:
+            return np.array(_geometry(likeness[some], cosine[some], same[some])[:3])
+
+        numbers = np.stack(pair_jackknife(measures, owner[upper[0]], owner[upper[1]]), axis=1).ravel()
+        residual = _geometry(likeness, cosine, same)[3]
+        gaps = [_gap(residual, shuffled[upper[0]] == shuffled[upper[1]]) for shuffled in shuffles]
+        p = sum(gap >= gaps[0] - 1e-15 for gap in gaps) / len(gaps) if np.isfinite(gaps[0]) else np.nan
+        rows.append((layer, *numbers.tolist(), p, len(docs), len(upper[0]), n_units))
+    measured = [f"{name}{end}" for name in ("r2", "gap", "gap_residual") for end in ("", "_low", "_high")]
+    sizes = {"n_docs": pl.Int64, "n_pairs": pl.Int64, "n_units": pl.Int64}
+    schema = {"layer": pl.Int64, **dict.fromkeys([*measured, "p"], pl.Float64), **sizes}
+    return pl.DataFrame(rows, schema=schema, orient="row").with_columns(pl.col(pl.Float64).fill_nan(None))
+
+
+def _geometry(likeness: Floats, cosine: Floats, same: np.ndarray) -> tuple[float, float, float, Floats]:
+    """r2, gap, gap_residual and the residuals, of pairs [pair]: likeness of routes, cosine of states, same label."""
+    if len(cosine) < 2 or likeness.std() < 1e-12:
+        return np.nan, np.nan, np.nan, np.full(len(cosine), np.nan)
+    design = np.stack([np.ones_like(cosine), cosine, cosine**2], axis=1)
+    residual = likeness - design @ np.linalg.lstsq(design, likeness, rcond=None)[0]
+    r2 = 1 - residual.var() / likeness.var()
+    return r2, _gap(likeness, same), _gap(residual, same), residual
 
 
 def _exchanged_labels(label: Ints, owner: Ints, n: int, rng: np.random.Generator) -> list[Ints]:
@@ -221,8 +241,7 @@ def _centred_cosine(states: Floats) -> Floats:
     return unit @ unit.T
 
 
-def _gap(values: Floats, label: Ints, upper: tuple[np.ndarray, ...]) -> float:
-    same = label[upper[0]] == label[upper[1]]
+def _gap(values: Floats, same: np.ndarray) -> float:
     return float(values[same].mean() - values[~same].mean()) if same.any() and not same.all() else np.nan
 
 
@@ -230,14 +249,20 @@ def translation_retrieval(counts: pl.DataFrame, axis: str, values: Sequence[str]
     """Is a document's translation the one routed most alike? One row per layer.
 
     counts: `load.slot_counts` by [group_id, axis]. Hellinger similarity of expert use; columns layer, hits (share of
-    groups whose two versions find each other first, mean of both directions), low, high (95%, Wilson, groups as
-    trials), chance (1 / n_groups), n_groups. One number for how far routes follow content across languages.
+    groups whose two versions find each other first, mean of both directions), low, high (95%, Wilson 1927, groups as
+    trials), chance (1 / n_groups: the null), n_groups. One number for how far routes follow content across languages
+    (retrieval is the usual test of parallel sentences; of routes it is this project's). Raises FrameError for fewer
+    than two pairs.
     """
     groups, layers, cube = frequency_cube(counts, axis, values, n_experts)
     n = len(groups)
+    if n < 2:
+        raise FrameError(
+            f"counts: expected two groups or more with both {' and '.join(values)}, got {n}. Pass more pairs."
+        )
     root = np.sqrt(cube / np.maximum(cube.sum(-1, keepdims=True), 1e-300))  # [value group layer expert]
-    likeness = np.einsum("gle,hle->lgh", *root)
-    found = [(likeness.argmax(axis) == np.arange(n)).mean(-1) if n else np.full(len(layers), np.nan) for axis in (1, 2)]
+    likeness = np.einsum("gle,hle->lgh", *root)  # [layer group group]
+    found = [(likeness.argmax(axis) == np.arange(n)).mean(-1) for axis in (1, 2)]
     hits = np.mean(found, axis=0)
     z2 = 1.959964**2
     center, half = (

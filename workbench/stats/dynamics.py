@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from workbench.stats.index import Frame, Ints, codes, membership, token_array
+from workbench.stats.index import Frame, Ints, check_choices, codes, membership, token_array
 from workbench.stats.load import CONTENT_SEGMENTS
-from workbench.stats.resampling import Floats, block_jackknife, t_interval
+from workbench.stats.resampling import Floats, block_jackknife, pair_jackknife, t_interval
 
 
 def shared_experts(first: np.ndarray, second: np.ndarray) -> Ints:  # [... k] twice -> [...]
@@ -38,6 +38,7 @@ def persistence(
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
     layers, ids = token_array(kept, routing)
+    check_choices(ids, n_experts)
     left = _neighbours(kept)
     here, after = ids[left], ids[left + 1]  # [pair layer k]
     k = ids.shape[2]
@@ -54,14 +55,14 @@ def persistence(
     return pl.DataFrame(
         {
             "layer": layers,
-            "overlap": per_group.mean(0),
+            "overlap": _mean(per_group),
             "low": low,
             "high": high,
-            "first": (here[..., 0] == after[..., 0]).mean(0),
+            "first": _mean((here[..., 0] == after[..., 0]).astype(np.float64)),
             "load_null": (frequency**2).sum(1) / k,
-            "word_overlap": overlap[matched].mean(0) if len(matched) else np.full(n, np.nan),
-            "word_null": swapped.mean(0) if len(matched) else np.full(n, np.nan),
-            "word_gap": gaps.mean(0) if len(gaps) else np.full(n, np.nan),
+            "word_overlap": _mean(overlap[matched]),
+            "word_null": _mean(swapped),
+            "word_gap": _mean(gaps),
             "word_gap_low": gap_low,
             "word_gap_high": gap_high,
             "n_pairs": np.full(n, len(left)),
@@ -69,6 +70,11 @@ def persistence(
             "n_groups": np.full(n, len(per_group)),
         }
     )
+
+
+def _mean(values: Floats) -> Floats:
+    """Over the first axis; NaN, without a warning, where there is nothing."""
+    return values.mean(0) if len(values) else np.full(values.shape[1:], np.nan)
 
 
 def _neighbours(kept: pl.DataFrame) -> Ints:
@@ -114,6 +120,8 @@ def local_consistency(
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
     layers, ids = token_array(kept, routing)
+    if ids.size:
+        check_choices(ids, n_experts)
     doc, group = codes(kept["doc_id"]), codes(kept["group_id"])
     rng = np.random.default_rng(seed)
     rows = []
@@ -177,19 +185,21 @@ def layer_consistency(
 
     Expert numbers mean nothing across layers, so the similarity of tokens is compared instead: over random pairs of
     tokens of different groups, the correlation of the number of shared experts in layer and other (representational
-    similarity analysis, Kriegeskorte et al. 2008). Columns layer, other, correlation, low, high (delete-a-group
-    jackknife over the groups of the first token), n_pairs, n_groups. Null: 0, the layers sort tokens independently.
+    similarity analysis, Kriegeskorte et al. 2008). Columns layer, other, correlation, low, high (95%, jackknife
+    over the groups of both tokens, `resampling.pair_jackknife`), n_pairs, n_groups. Null: 0, the layers sort
+    tokens independently. NaN where a layer gives all pairs as many.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     layers, ids = token_array(kept, routing)
+    check_choices(ids)
     group = codes(kept["group_id"])
     rng = np.random.default_rng(seed)
     a, b = rng.integers(0, max(len(kept), 1), (2, n_pairs))
     a, b = a[group[a] != group[b]], b[group[a] != group[b]]
     shared = shared_experts(ids[a], ids[b]).astype(np.float64)  # [pair layer]
-    present, owner = np.unique(group[a], return_inverse=True)
+    n_groups = int(group.max()) + 1
     upper = np.triu_indices(len(layers), 1)
-    estimate, low, high = block_jackknife(lambda kept_: _correlation(shared[kept_[owner]])[upper], len(present))
+    estimate, low, high = pair_jackknife(lambda some: _correlation(shared[some])[upper], group[a], group[b])
     return pl.DataFrame(
         {
             "layer": np.array(layers)[upper[0]],
@@ -198,7 +208,7 @@ def layer_consistency(
             "low": low,
             "high": high,
             "n_pairs": np.full(len(estimate), len(a)),
-            "n_groups": np.full(len(estimate), len(present)),
+            "n_groups": np.full(len(estimate), n_groups),
         }
     )
 
@@ -208,7 +218,8 @@ def _correlation(values: Floats) -> Floats:  # [pair layer] -> [layer layer]
         return np.full((values.shape[1],) * 2, np.nan)
     centred = values - values.mean(0)
     scale = np.sqrt((centred**2).sum(0))
-    return centred.T @ centred / np.maximum(np.outer(scale, scale), 1e-12)
+    varies = np.outer(scale, scale) > 1e-12
+    return np.divide(centred.T @ centred, np.outer(scale, scale), out=np.full(varies.shape, np.nan), where=varies)
 
 
 def token_motion(tokens: Frame, routing: Frame, n_experts: int, window: int = 16) -> pl.DataFrame:

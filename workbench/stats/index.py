@@ -91,6 +91,26 @@ def token_array(tokens: pl.DataFrame, routing: Frame, column: str = "expert_ids"
     return layers, array
 
 
+def check_choices(ids: np.ndarray, n_experts: int | None = None) -> None:
+    """Refuses choices [token layer k] of nothing, and numbers that `n_experts` experts do not have."""
+    if not ids.size:
+        raise FrameError("tokens: expected some that are routed, got none. Pass other segments, or a run of a mixture.")
+    check_experts(int(ids.max()), n_experts)
+
+
+def check_experts(largest: int | None, n_experts: int | None) -> None:
+    """Refuses an expert that would be counted as one of the next layer, or not at all."""
+    if largest is not None and n_experts is not None and largest >= n_experts:
+        raise FrameError(f"n_experts: expected at least {largest + 1}, got {n_experts}. Pass the number of the run.")
+
+
+def check_counts(counts: pl.DataFrame, n_experts: int) -> None:
+    """Refuses counts (layer, expert ...) of nothing, and experts that are none."""
+    if counts.is_empty():
+        raise FrameError("counts: expected token-slots, got none. Count tokens of other segments.")
+    check_experts(int(counts["expert"].to_numpy().max()), n_experts)
+
+
 def membership(ids: np.ndarray, n_experts: int) -> NDArray[np.bool_]:
     """Which experts each token chose: [token k] -> [token expert]."""
     member = np.zeros((len(ids), n_experts), dtype=bool)

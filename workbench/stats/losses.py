@@ -1,7 +1,7 @@
 """What a change costs each language, paired by item, beside what matched controls cost.
 
-An item is compared with itself without the change. Items that share a fact are one unit: the bootstrap draws facts and
-not items (arXiv 2411.00640). Tasks that exist in both languages count alike, so that neither language is measured on
+An item is compared with itself without the change. Items that share a fact are one unit: intervals and tests are over
+facts and not items (arXiv 2411.00640). Tasks that exist in both languages count alike, so that neither language is measured on
 an easier mix.
 """
 
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+from scipy.special import stdtr, stdtrit
 
 from workbench.axes import LANGUAGES
 from workbench.errors import FrameError
-from workbench.stats.resampling import Floats, permutation_max_t
+from workbench.stats.resampling import Floats, sign_flip_max_t, squared_error
 
 ITEM = ("task", "item", "metric")
+MEASURES = (*(f"loss_{lang}" for lang in LANGUAGES), "selectivity")
 JUDGED = {
     "p_controls": pl.Float64, "p_holm": pl.Float64, "p_items": pl.Float64, "control_selectivity": pl.Float64,
     "control_low": pl.Float64, "control_high": pl.Float64, "n_controls": pl.Int64, "n_tests": pl.Int64,
@@ -61,25 +63,23 @@ def choose_metric(items: pl.DataFrame, wanted: str | None = None) -> str:
     return wanted or ("logprob" if "logprob" in known else str(known[0]))
 
 
-def language_losses(losses: pl.DataFrame, metric: str, n_resamples: int = 2000, seed: int = 0) -> pl.DataFrame:
+def language_losses(losses: pl.DataFrame, metric: str) -> pl.DataFrame:
     """One row per condition: what it costs Japanese, English, and the one more than the other.
 
     losses: from `item_losses`. loss_ja, loss_en: means over items, then over families that both languages have;
-    selectivity = loss_ja - loss_en, in the metric's unit. Each with its 95% interval _low, _high by percentile
-    bootstrap of groups within what they were asked, the same draws for all conditions. With one language alone the
-    other's columns and selectivity are null. n_items_ja, n_items_en, n_groups: what was counted.
+    selectivity = loss_ja - loss_en, in the metric's unit. Each with its 95% interval _low, _high: jackknife over groups,
+    Student's t with the degrees of freedom that the error has (`resampling.half_width`). p_selectivity: of no
+    difference, two-sided, from the same t, so that it is at most 0.05 where the interval leaves out 0 and nowhere else;
+    not adjusted for the number of conditions. With one language alone the other's columns and selectivity are null, as
+    are intervals that rest on one group. n_items_ja, n_items_en, n_groups: what was counted.
     """
     cube = _cube(losses, metric)
     if not cube.conditions:
         return pl.DataFrame(schema={"condition": pl.String})
-    point = _means(cube, np.ones((1, cube.n_groups)))[:, 0]  # [condition lang]
-    drawn = _means(cube, _draws(cube, n_resamples, seed))  # [condition draw lang]
     columns: dict[str, Sequence[object] | Floats] = {"condition": cube.conditions}
-    names = [f"loss_{lang}" for lang in LANGUAGES]
-    point, drawn = (np.concatenate([means, means[..., :1] - means[..., 1:]], axis=-1) for means in (point, drawn))
-    for place, name in enumerate([*names, "selectivity"]):
-        low, high = _interval(drawn[..., place])
-        columns |= {name: point[:, place], f"{name}_low": low, f"{name}_high": high}
+    for name, (value, around, p) in zip(MEASURES, _jackknife(cube), strict=True):
+        columns |= {name: value, f"{name}_low": value - around, f"{name}_high": value + around}
+        columns |= {"p_selectivity": p} if name == "selectivity" else {}
     for lang in LANGUAGES:
         columns[f"n_items_{lang}"] = [int(cube.counts[cube.langs == lang].sum())] * len(cube.conditions)
     columns["n_groups"] = [cube.n_groups] * len(cube.conditions)
@@ -87,17 +87,22 @@ def language_losses(losses: pl.DataFrame, metric: str, n_resamples: int = 2000, 
 
 
 def judge(
-    losses: pl.DataFrame, summary: pl.DataFrame, controls: dict[str, list[str]], metric: str, seed: int = 0
+    losses: pl.DataFrame,
+    summary: pl.DataFrame,
+    controls: dict[str, list[str]],
+    metric: str,
+    seed: int = 0,
+    n_flips: int = 5000,
 ) -> pl.DataFrame:
     """The rows of `language_losses` that have controls, with what the controls say.
 
     controls: by condition, the conditions that are its matched controls. control_selectivity: their mean, control_low,
     control_high: the smallest and largest. p_controls: how often a control is as far from the mean of all, the target
     included, as the target is, itself counted (never below 1 / (1 + n_controls)). p_holm: adjusted by Holm's method
-    for all `n_tests` targets. p_items: whether the target costs the languages differently at all, by exchange of their
-    labels within a group, or within a task where a group has one language; max-T over all targets (Westfall & Young
-    1993). A target is selective when both say so; p_items alone only says that the languages differ, not that this
-    target is special.
+    for all `n_tests` targets. p_items: whether the target costs the languages differently at all, adjusted for all
+    targets: sign flips of the groups' pseudo-values, max-T (Westfall & Young 1993), and never below p_selectivity, so
+    that a target with a p_items of at most 0.05 has an interval of selectivity without 0. A target is selective when
+    both say so; p_items alone only says that the languages differ, not that this target is special.
     """
     targets = [name for name in summary["condition"] if name in controls]
     values = dict(zip(summary["condition"], summary["selectivity"], strict=True))
@@ -108,7 +113,7 @@ def judge(
     kept = summary.filter(pl.col("condition").is_in(targets))
     extra: dict[str, pl.Series | pl.Expr] = {
         "p_holm": pl.Series(holm(found["p_controls"].to_numpy()), dtype=pl.Float64),
-        "p_items": pl.Series(_exchange(losses, metric, targets, seed), dtype=pl.Float64),
+        "p_items": pl.Series(_items_p(losses, metric, targets, seed, n_flips), dtype=pl.Float64),
         "n_tests": pl.lit(len(targets), dtype=pl.Int64),
     }
     return kept.hstack(found).with_columns(**extra).with_columns(pl.col("p_holm", "p_items").fill_nan(None))
@@ -163,7 +168,6 @@ class _Cube:
     sums: Floats
     counts: Floats
     langs: np.ndarray
-    strata: np.ndarray  # [group], by the cells that a group's items are in
 
     @property
     def n_groups(self) -> int:
@@ -185,32 +189,37 @@ def _cube(losses: pl.DataFrame, metric: str) -> _Cube:
     sums = np.bincount(flat, placed["loss"].to_numpy(), minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
     counts = np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape)
     first = counts[0] if len(conditions) else np.zeros(shape[1:])
-    strata = (
-        np.unique(first > 0, axis=1, return_inverse=True)[1].ravel() if len(groups) else np.zeros(0, dtype=np.int64)
-    )
-    return _Cube(conditions, sums, first.astype(np.float64), cells["lang"].to_numpy(), strata)
+    return _Cube(conditions, sums, first.astype(np.float64), cells["lang"].to_numpy())
 
 
-def _draws(cube: _Cube, n_resamples: int, seed: int) -> Floats:  # [draw group]
-    """How often each group is drawn: with replacement, within the groups that were asked the same."""
-    rng = np.random.default_rng(seed)
-    weights = np.zeros((n_resamples, cube.n_groups))
-    for stratum in np.unique(cube.strata):
-        members = np.flatnonzero(cube.strata == stratum)
-        weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_resamples)
-    return weights
-
-
-def _means(cube: _Cube, weights: Floats) -> Floats:  # [draw group] -> [condition draw lang]
-    counts = weights @ cube.counts.T  # [draw cell]
-    sums = np.einsum("dg,rcg->rdc", weights, cube.sums, optimize=True)  # [condition draw cell]
-    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    found = np.full((*means.shape[:2], len(LANGUAGES)), np.nan)
-    for place, lang in enumerate(LANGUAGES):
-        of_lang = means[..., cube.langs == lang]
-        if of_lang.shape[-1]:
-            found[..., place] = _nanmean(of_lang)
+def _jackknife(cube: _Cube) -> list[tuple[Floats, Floats, Floats]]:
+    """(value, half width of the 95% interval, two-sided p of 0) of each of MEASURES, [condition] each."""
+    values = _measures(cube, cube.sums.sum(-1), cube.counts.sum(-1))
+    found = []
+    for value, pseudo in zip(values, _pseudo_values(cube), strict=True):
+        error, freedom = squared_error(pseudo) if cube.n_groups > 1 else np.full((2, len(value)), np.nan)
+        spread = np.sqrt(error)
+        t = np.divide(np.abs(value), spread, out=np.where(value == 0, 0.0, np.inf), where=spread > 0)
+        known = np.isfinite(value) & np.isfinite(spread)
+        p = np.where(known, 2 * stdtr(freedom, -t), np.nan)
+        found.append((value, np.where(known, stdtrit(freedom, 0.975) * spread, np.nan), p))
     return found
+
+
+def _pseudo_values(cube: _Cube) -> Floats:
+    """[measure group condition]; NaN where a measure needs the group that is left out."""
+    sums, counts = cube.sums.sum(-1), cube.counts.sum(-1)
+    without = [
+        _measures(cube, sums - cube.sums[..., group], counts - cube.counts[:, group]) for group in range(cube.n_groups)
+    ]
+    whole, n = _measures(cube, sums, counts), cube.n_groups
+    return n * whole[:, None] - (n - 1) * np.stack(without, axis=1)
+
+
+def _measures(cube: _Cube, sums: Floats, counts: Floats) -> Floats:  # [condition cell], [cell] -> [measure condition]
+    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    sides = [_nanmean(means[:, cube.langs == lang]) for lang in LANGUAGES]
+    return np.stack([*sides, sides[0] - sides[1]])
 
 
 def _nanmean(values: Floats) -> Floats:  # over the last axis, NaN where there is nothing
@@ -219,39 +228,15 @@ def _nanmean(values: Floats) -> Floats:  # over the last axis, NaN where there i
     return np.divide(total, known.sum(-1), out=np.full(total.shape, np.nan), where=known.any(-1))
 
 
-def _interval(drawn: Floats) -> tuple[Floats, Floats]:  # [condition draw] -> two of [condition]
-    rows = [row[np.isfinite(row)] for row in drawn]
-    pairs = [np.quantile(row, (0.025, 0.975)) if len(row) else (np.nan, np.nan) for row in rows]
-    low, high = np.array(pairs).T
-    return low, high
-
-
-def _exchange(losses: pl.DataFrame, metric: str, targets: Sequence[str], seed: int) -> Floats:  # [target]
-    """Family-wise adjusted p of a difference between the languages, by exchanging their labels."""
+def _items_p(losses: pl.DataFrame, metric: str, targets: Sequence[str], seed: int, n_flips: int) -> Floats:  # [target]
+    """Family-wise adjusted p of a difference between the languages, never below the p of the interval."""
     cube = _cube(losses.filter(pl.col("condition").is_in(list(targets))), metric)
     if not cube.conditions:
         return np.full(len(targets), np.nan)
-    sides = []
-    for lang in LANGUAGES:
-        of_lang = cube.langs == lang
-        counts = cube.counts[of_lang].sum(0)  # [group]
-        sides.append((cube.sums[:, of_lang].sum(1), counts))  # [condition group]
-    units = [(side, group) for side, (_, counts) in enumerate(sides) for group in np.flatnonzero(counts)]
-    if not units or len({side for side, _ in units}) < len(LANGUAGES):
-        return np.full(len(targets), np.nan)
-    values = np.stack([sides[side][0][:, group] / sides[side][1][group] for side, group in units])  # [unit condition]
-    labels = np.array([side == 0 for side, _ in units])
-    present = [set(np.flatnonzero(counts)) for _, counts in sides]
-    family = _kinds(cube)
-    strata = np.array([
-        cube.n_groups + family[group] if group not in present[1 - side] else group for side, group in units
-    ])  # fmt: skip
-    _, p_values = permutation_max_t(values, labels, strata, seed=seed)
-    by_name = dict(zip(cube.conditions, p_values, strict=True))
+    own = _jackknife(cube)[-1][2]
+    known = np.isfinite(own)
+    adjusted = np.full(len(own), np.nan)
+    if known.any():
+        adjusted[known] = sign_flip_max_t(_pseudo_values(cube)[-1][:, known], n_flips, seed)[1]
+    by_name = dict(zip(cube.conditions, np.maximum(adjusted, own), strict=True))
     return np.array([by_name.get(name, np.nan) for name in targets])
-
-
-def _kinds(cube: _Cube) -> np.ndarray:  # [group]
-    """A number for the families a group is asked in, whatever the language; cells lie by family, then language."""
-    by_family = cube.counts.reshape(-1, len(LANGUAGES), cube.n_groups).sum(1) > 0  # [family group]
-    return np.unique(by_family, axis=1, return_inverse=True)[1].ravel()

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from workbench.stats.index import Frame, Ints, codes, token_array
+from workbench.stats.index import Frame, Ints, check_choices, codes, token_array
 from workbench.stats.load import CONTENT_SEGMENTS
 from workbench.stats.resampling import Floats, block_jackknife
 
@@ -19,47 +20,66 @@ def paths(
     """(the n most frequent paths of first experts through the layers, one row about all of them).
 
     paths: path (expert of each layer, joined by "-"), n_tokens, share, n_docs, expected_share (first-order Markov chain
-    with the layers' own transitions), log2_lift. about: path_entropy and markov_entropy in bits (a path that depended
-    on the previous layer only would have the latter), max_entropy, entropy_rate (per layer), n_paths, n_tokens, n_docs.
-    Entropies are plug-in and too low where paths are many: compare equal amounts of text (idea of arXiv 2604.17837).
+    with the layers' own transitions: the null), log2_lift; share_low, share_high, log2_lift_low, log2_lift_high: 95%,
+    delete-a-group jackknife over units, for the lift with half a token added to both counts. Intervals are of single
+    paths: those that chance brought to the top of the list would come out lower in other text.
 
-    path_entropy_low, _high, markov_entropy_low, _high: delete-a-group jackknife over units. Null: a layer's choice
-    depends on the layer before alone, so tokens that meet at an expert may exchange what follows; null_entropy,
-    null_low, null_high: mean and 2.5% and 97.5% quantiles of the path entropy of `n_draws` such exchanges, which is as
-    much too low as the one found and keeps every transition; p: share of exchanges at most as high. Tokens are
-    exchanged alone, so what documents repeat counts as structure.
+    about: path_entropy and markov_entropy in bits (a path that depended on the previous layer only would have the
+    latter), max_entropy, entropy_rate (per layer), n_paths, n_tokens, n_docs. Entropies are plug-in and too low where
+    paths are many: compare equal amounts of text (idea of arXiv 2604.17837). path_entropy_low, _high,
+    markov_entropy_low, _high: delete-a-group jackknife over units. Null: a layer's choice depends on the layer before
+    alone, so tokens that meet at an expert may exchange what follows; null_entropy, null_low, null_high: mean and 2.5%
+    and 97.5% quantiles of the path entropy of `n_draws` such exchanges, which is as much too low as the one found and
+    keeps every transition; p: share of exchanges at most as high. Tokens are exchanged alone, so what documents repeat
+    counts as structure.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     _, ids = token_array(kept, routing)
+    check_choices(ids)
     first = ids[:, :, 0].astype(np.int64)  # [token layer]
-    _, where, inverse, counts = np.unique(
-        _path_codes(first), return_index=True, return_inverse=True, return_counts=True
-    )
-    unique = first[where]
-    share = counts / len(first)
-    expected = _markov_share(first, unique)
-    docs = pl.DataFrame({"path": inverse.ravel(), "doc": codes(kept["doc_id"])}).group_by("path").agg(
-        n_docs=pl.col("doc").n_unique()
+    owner = codes(kept[unit])
+    table = _table(first, codes(kept["doc_id"]), owner, n)
+    about = _about(first, owner, n_draws, seed).with_columns(
+        n_paths=pl.lit(len(np.unique(_path_codes(first)))), n_tokens=pl.lit(len(first)),
+        n_docs=pl.lit(kept["doc_id"].n_unique()),
     )  # fmt: skip
-    table = pl.DataFrame(
-        {
-            "path": ["-".join(map(str, path)) for path in unique],
-            "n_tokens": counts,
-            "share": share,
-            "n_docs": docs.sort("path")["n_docs"],
-            "expected_share": expected,
-            "log2_lift": np.log2(share / expected),
-        }
+    return table, about
+
+
+def _table(first: Ints, document: Ints, owner: Ints, n: int) -> pl.DataFrame:
+    code = _path_codes(first)
+    where, counts = np.unique(code, return_index=True, return_counts=True)[1:]
+    names = ["-".join(map(str, path)) for path in first[where]]
+    n_docs = pl.DataFrame({"code": code, "doc": document}).group_by("code").agg(n_docs=pl.col("doc").n_unique())
+    every = pl.DataFrame({"path": names, "n_tokens": counts, "code": np.arange(len(names))})
+    top = every.sort("n_tokens", "path", descending=[True, False]).head(n)
+    unique = first[where[top["code"].to_numpy()]]  # [path layer]
+
+    def measures(units: NDArray[np.bool_]) -> Floats:  # [2 path]: share, log2 lift
+        at = units[owner]
+        found, total = np.bincount(code[at], minlength=len(names))[top["code"].to_numpy()], int(at.sum())
+        expected = _markov_share(first[at], unique) * total
+        return np.stack([found / total, np.log2((found + 0.5) / (expected + 0.5))])
+
+    _, low, high = block_jackknife(measures, int(owner.max()) + 1)
+    share, expected = top["n_tokens"].to_numpy() / len(first), _markov_share(first, unique)
+    lift, around = np.log2(share / expected), (high[1] - low[1]) / 2
+    columns = {
+        "expected_share": expected, "log2_lift": lift, "share_low": np.maximum(low[0], 0),
+        "share_high": np.minimum(high[0], 1), "log2_lift_low": lift - around, "log2_lift_high": lift + around,
+    }  # fmt: skip
+    numbered = top.join(n_docs, on="code", maintain_order="left")
+    return numbered.select("path", "n_tokens", pl.Series("share", share), "n_docs").with_columns(
+        **{name: pl.Series(values, nan_to_null=True) for name, values in columns.items()}
     )
-    unit_code = codes(kept[unit])
-    numbers = block_jackknife(
-        lambda units: _path_entropies(first[units[unit_code]]), int(unit_code.max(initial=-1)) + 1
-    )
-    entropies = dict(zip(("path_entropy", "markov_entropy"), np.stack(numbers, 1).tolist(), strict=True))
+
+
+def _about(first: Ints, owner: Ints, n_draws: int, seed: int) -> pl.DataFrame:
+    numbers = block_jackknife(lambda units: _path_entropies(first[units[owner]]), int(owner.max()) + 1)
     drawn = _shuffled_entropies(first, n_draws, np.random.default_rng(seed))
     facts: dict[str, float] = {}
-    for name, (value, low, high) in entropies.items():
-        facts |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    for place, name in enumerate(("path_entropy", "markov_entropy")):
+        facts |= {f"{name}{end}": float(part[place]) for end, part in zip(("", "_low", "_high"), numbers, strict=True)}
     facts |= {
         "null_entropy": float(drawn.mean()),
         "null_low": float(np.quantile(drawn, 0.025)),
@@ -68,10 +88,7 @@ def paths(
         "max_entropy": float(np.log2(len(first))),
         "entropy_rate": facts["path_entropy"] / first.shape[1],
     }
-    about = pl.DataFrame([facts]).with_columns(
-        n_paths=pl.lit(len(unique)), n_tokens=pl.lit(len(first)), n_docs=pl.lit(kept["doc_id"].n_unique())
-    )
-    return table.sort("n_tokens", "path", descending=[True, False]).head(n), about
+    return pl.DataFrame([facts]).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 def _path_entropies(first: Ints) -> Floats:  # [token layer] -> path entropy and Markov entropy, bits
@@ -107,7 +124,7 @@ def _bits(share: Floats) -> float:
 
 def _markov_share(first: Ints, unique: Ints) -> Floats:
     """Probability of each path when every layer depends on the one before only."""
-    n_experts = int(first.max(initial=0)) + 1
+    n_experts = int(max(first.max(initial=0), unique.max(initial=0))) + 1
     probability = np.bincount(first[:, 0], minlength=n_experts)[unique[:, 0]] / len(first)
     for layer in range(first.shape[1] - 1):
         step = np.zeros((n_experts, n_experts))

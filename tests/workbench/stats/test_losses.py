@@ -42,7 +42,7 @@ TASKS = ("facts_ja", "facts_en", "sums_ja", "sums_en")
 def judged(costs: dict[str, tuple[float, float]], n_controls: int = 99) -> pl.DataFrame:
     controls = CONTROLS[:n_controls]
     losses = item_losses(items({**costs, **dict.fromkeys(controls, (0.2, 0.2))}))
-    summary = language_losses(losses, "logprob", n_resamples=400)
+    summary = language_losses(losses, "logprob")
     found = judge(losses, summary, dict.fromkeys(costs, controls), "logprob")
     return found.with_columns(carries=carries(found))
 
@@ -85,8 +85,8 @@ def test_p_values_of_noise_are_not_small_too_often() -> None:
 
 
 def test_copies_of_an_item_add_no_certainty() -> None:
-    once = language_losses(item_losses(items({"set": (0.5, 0.1)})), "logprob", 400).row(0, named=True)
-    thrice = language_losses(item_losses(items({"set": (0.5, 0.1)}, copies=3)), "logprob", 400).row(0, named=True)
+    once = language_losses(item_losses(items({"set": (0.5, 0.1)})), "logprob").row(0, named=True)
+    thrice = language_losses(item_losses(items({"set": (0.5, 0.1)}, copies=3)), "logprob").row(0, named=True)
     assert thrice["n_items_ja"] == 3 * once["n_items_ja"]
     assert thrice["n_groups"] == once["n_groups"]
     widths = [row["selectivity_high"] - row["selectivity_low"] for row in (once, thrice)]
@@ -97,7 +97,7 @@ def test_families_weigh_alike_and_those_of_one_language_are_left_out() -> None:
     frame = items({"set": (0.5, 0.5)}, noise=0.0)
     alone = frame.filter(pl.col("task") == "facts_ja").with_columns(task=pl.lit("only_ja"), value=pl.col("value") - 100)
     more = frame.filter(pl.col("task") == "sums_en", pl.col("item") < 10).with_columns(item=pl.col("item") + 1000)
-    found = language_losses(item_losses(pl.concat([frame, alone, more])), "logprob", 100).row(0, named=True)
+    found = language_losses(item_losses(pl.concat([frame, alone, more])), "logprob").row(0, named=True)
     assert found["loss_ja"] == pytest.approx(0.5)
     assert found["loss_en"] == pytest.approx(0.5)
     assert found["n_items_ja"] == 80
@@ -107,12 +107,12 @@ def test_families_weigh_alike_and_those_of_one_language_are_left_out() -> None:
 def test_lower_is_better_turns_the_sign_and_one_language_has_no_selectivity() -> None:
     frame = items({"set": (0.5, 0.5)}, noise=0.0).filter(pl.col("lang") == "ja")
     turned = frame.with_columns(higher_is_better=pl.lit(False))
-    (row,) = language_losses(item_losses(turned), "logprob", 100).iter_rows(named=True)
+    (row,) = language_losses(item_losses(turned), "logprob").iter_rows(named=True)
     assert row["loss_ja"] == pytest.approx(-0.5)
     assert row["loss_en"] is None
     assert row["selectivity"] is None
     losses = item_losses(frame)
-    found = judge(losses, language_losses(losses, "logprob", 100), {"set": []}, "logprob")
+    found = judge(losses, language_losses(losses, "logprob"), {"set": []}, "logprob")
     assert found["p_controls"].to_list() == [None]
     assert carries(found).to_list() == ["none"]
 
