@@ -115,3 +115,14 @@ def test_the_python_of_the_readme_runs(finished_run: Any, tmp_path: Path, monkey
     for block in code:
         exec(compile(block, "README.md", "exec"), names)
     assert names["out"].tokens.shape[0] == 1
+
+
+def test_every_finding_with_an_interval_stands_in_the_measured_tables() -> None:
+    interval = r"[-+]?\d+\.\d+ \[[-+]?\d+\.\d+, [-+]?\d+\.\d+\]"
+    tables = "".join((REPOSITORY / "docs" / name).read_text("utf-8") for name in ("findings.md", "evaluation.md"))
+    measured = {found.replace("+", "") for found in re.findall(interval, tables)}
+    for text, title in ((ENGLISH, "Findings"), (JAPANESE, HEADINGS["Findings"])):
+        section = _unwrapped(text.split(f"## {title}\n")[1].split("\n## ")[0])
+        claimed = {found.replace("+", "") for found in re.findall(interval, section)}
+        assert len(claimed) >= 20
+        assert claimed <= measured, claimed - measured

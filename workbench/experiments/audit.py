@@ -17,6 +17,7 @@ from workbench.axes import LANGUAGES
 from workbench.errors import ConfigError
 from workbench.experiments.knockout import Edit, Outcome, routing_of, run_edits
 from workbench.models import Llama
+from workbench.stats.audits import PLACE, adjust_audit
 from workbench.stats.resampling import jackknife_interval, t_interval
 
 Place = tuple[int, int]  # (layer, expert)
@@ -57,7 +58,8 @@ def audit_experts(
     selectivity = (d_nll_ja - d_nll_en) / (|d_nll_ja| + |d_nll_en|), from -1 (English alone) to 1 (Japanese alone), with
     a jackknife interval over the groups in both languages, or all of [-1, 1] where neither effect is certain. p_kl,
     p_selective: share of controls with at least as large a KL, or as large a difference between the languages; the
-    flagged expert counts as one of them.
+    flagged expert counts as one of them. p_kl_adjusted, p_selective_adjusted: the same, corrected over the n_tests
+    experts of a kind (`stats.audits.adjust_audit`); null where a language is missing.
     Raises ConfigError for layers or experts that do not exist.
     """
     plan = plan or AuditPlan()
@@ -155,7 +157,15 @@ EFFECT_SCHEMA = {
 }  # fmt: skip
 AUDIT_SCHEMA = EFFECT_SCHEMA | {
     "load": pl.Float64, "control_load": pl.Float64, "control_kl": pl.Float64, "control_kl_max": pl.Float64,
-    "p_kl": pl.Float64, "p_selective": pl.Float64, "n_controls": pl.Int64, "n_groups": pl.Int64, "n_docs": pl.Int64,
+    "p_kl": pl.Float64, "p_kl_adjusted": pl.Float64, "p_selective": pl.Float64, "p_selective_adjusted": pl.Float64,
+    "n_controls": pl.Int64, "n_tests": pl.Int64, "n_groups": pl.Int64, "n_docs": pl.Int64,
+}  # fmt: skip
+
+P_VALUES = ("p_kl", "p_kl_adjusted", "p_selective", "p_selective_adjusted", "n_controls", "n_tests")
+MEASURED = {name: dtype for name, dtype in AUDIT_SCHEMA.items() if name not in P_VALUES}
+DRAW_SCHEMA = {
+    "kind": pl.String, "layer": pl.Int64, "expert": pl.Int64, "draw": pl.Int64, "kl": pl.Float64,
+    "contrast": pl.Float64,
 }  # fmt: skip
 
 
@@ -239,7 +249,7 @@ def _summarise(
     groups = _by_group(outcome)
     kl = groups.kl.mean(1)  # [edit]
     contrast = np.abs(_finite_mean(groups.d_nll["ja"]) - _finite_mean(groups.d_nll["en"]))
-    rows = []
+    rows, draws = [], []
     for first in range(0, len(edits), plan.n_controls + 1):
         controls = slice(first + 1, first + 1 + plan.n_controls)
         row = _effect_row(groups, first, edits[first])
@@ -248,21 +258,17 @@ def _summarise(
             "control_load": float(np.mean(removed[controls])) / n_tokens,
             "control_kl": float(kl[controls].mean()),
             "control_kl_max": float(kl[controls].max()),
-            "p_kl": _empirical_p(kl[first], kl[controls]),
-            "p_selective": _empirical_p(contrast[first], contrast[controls]),
-            "n_controls": plan.n_controls,
             "n_groups": groups.kl.shape[1],
             "n_docs": len(outcome.docs),
         }
         rows.append(row)
-    return pl.DataFrame(rows, schema=AUDIT_SCHEMA)
+        place = (row["kind"], row["layer"], row["expert"])
+        draws += [(*place, draw, kl[first + draw], contrast[first + draw]) for draw in range(plan.n_controls + 1)]
+    p_values = adjust_audit(pl.DataFrame(draws, schema=DRAW_SCHEMA, orient="row").fill_nan(None))
+    audit = pl.DataFrame(rows, schema=MEASURED).join(p_values, on=PLACE, maintain_order="left")
+    return audit.select(list(AUDIT_SCHEMA)).cast(AUDIT_SCHEMA)
 
 
 def _finite_mean(values: np.ndarray) -> np.ndarray:  # [edit group] -> [edit], over the groups that have the language
     present = np.isfinite(values).all(0)
     return values[:, present].mean(1) if present.any() else np.full(len(values), np.nan)
-
-
-def _empirical_p(own: float, controls: np.ndarray) -> float:
-    """(1 + controls at least as large) / (1 + controls); NaN when there is no value, as in one language only."""
-    return float("nan") if np.isnan(own) else (1 + int((controls >= own).sum())) / (1 + len(controls))

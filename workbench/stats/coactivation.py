@@ -127,7 +127,17 @@ def _log2_lift(observed: np.ndarray, expected: np.ndarray) -> Floats:
 
 def _known_only(frame: pl.DataFrame, least: pl.Expr) -> pl.DataFrame:
     """Null instead of NaN, and where one of the two was never chosen."""
-    names = ("share", "share_low", "share_high", "lift", "log2_lift", "log2_lift_low", "log2_lift_high", "z", "p_adjusted")
+    names = (
+        "share",
+        "share_low",
+        "share_high",
+        "lift",
+        "log2_lift",
+        "log2_lift_low",
+        "log2_lift_high",
+        "z",
+        "p_adjusted",
+    )
     numbers = [name for name in names if name in frame.columns]
     return frame.with_columns(pl.when(least > 0).then(pl.col(numbers).fill_nan(None)))
 

@@ -109,12 +109,13 @@ def _audit(frames: dict[str, pl.DataFrame]) -> list[str]:
     if "audit" not in frames or frames["audit"].is_empty():
         return []
     removed = frames["audit"].filter(kind="reroute")
-    matter = removed.filter(pl.col("p_kl") <= ALPHA)
+    matter = removed.filter(pl.col("p_kl_adjusted") <= ALPHA)
+    one_by_one = removed.filter(pl.col("p_kl") <= ALPHA)
     verb = "matters" if len(matter) == 1 else "matter"
     return [
         f"Of {counted(len(removed), 'flagged expert')}, {len(matter)} {verb} more when removed than "
-        f"{removed['n_controls'][0]} random controls of their layer and load (p <= {ALPHA}, "
-        f"not corrected over experts: {ALPHA * len(removed):.1f} would by chance)."
+        f"{removed['n_controls'][0]} random controls of their layer and load (p <= {ALPHA} {CORRECTED}; judged one by "
+        f"one {len(one_by_one)} would, and {ALPHA * len(removed):.1f} by chance)."
     ]
 
 

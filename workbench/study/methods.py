@@ -117,5 +117,6 @@ def _audit(frames: Frames) -> Iterator[str]:
     yield (
         f"Audit: {len(audit.filter(kind='reroute'))} of {len(flagged_experts(frames))} flagged experts, those with the "
         f"largest differences; {row['n_docs']} conversations of {row['n_groups']} groups, {row['n_controls']} controls "
-        f"per expert and intervention, so the least p is {1 / (row['n_controls'] + 1):.3f}; not corrected over experts."
+        f"per expert and intervention, so the least p is {1 / (row['n_controls'] + 1):.3f}; corrected over the "
+        f"{row['n_tests']} experts of an intervention, step-down over all their draws."
     )

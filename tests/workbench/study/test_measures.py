@@ -196,11 +196,13 @@ def test_a_card_judges_by_floors_and_controls_alone() -> None:
     assert _prefers([flagged], [], judged=True).startswith("English (")
     alone = row | {"low": float("nan"), "high": float("nan"), "p_adjusted": float("nan")}
     assert _prefers([alone], [], judged=True) == "no language beyond the floors (JA - EN -0.600)"
-    audit = {"kl": 0.2, "control_kl": 0.1, "p_kl": 0.04, "n_controls": 39, "p_selective": 0.5}
-    audit |= {"selectivity": 0.5, "selectivity_low": 0.1, "selectivity_high": 0.9}
-    assert _audited(audit).startswith("more than matched controls: KL 0.2000 against 0.1000 (p 0.040, 39 draws)")
-    assert _audited(audit | {"p_kl": 0.06}).startswith("no more than matched controls")
-    assert _audited(audit).endswith("selectivity +0.50 [+0.10, +0.90] (p 0.500)")
+    audit = {"kl": 0.2, "control_kl": 0.1, "p_kl": 0.02, "p_kl_adjusted": 0.04, "n_controls": 39}
+    audit |= {"p_selective_adjusted": 0.5, "selectivity": 0.5, "selectivity_low": 0.1, "selectivity_high": 0.9}
+    assert _audited(audit).startswith(
+        "more than matched controls: KL 0.2000 against 0.1000 (p 0.020, adjusted 0.040, 39"
+    )
+    assert _audited(audit | {"p_kl_adjusted": 0.06}).startswith("no more than matched controls")
+    assert _audited(audit).endswith("selectivity +0.50 [+0.10, +0.90] (adjusted p 0.500)")
 
 
 def test_one_reading_of_a_prompt_is_its_medium_effort() -> None:
