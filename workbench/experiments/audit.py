@@ -266,7 +266,7 @@ def _summarise(
         draws += [(*place, draw, kl[first + draw], contrast[first + draw]) for draw in range(plan.n_controls + 1)]
     p_values = adjust_audit(pl.DataFrame(draws, schema=DRAW_SCHEMA, orient="row").fill_nan(None))
     audit = pl.DataFrame(rows, schema=MEASURED).join(p_values, on=PLACE, maintain_order="left")
-    return audit.select(list(AUDIT_SCHEMA)).cast(AUDIT_SCHEMA)
+    return audit.select(list(AUDIT_SCHEMA)).cast(pl.Schema(AUDIT_SCHEMA))
 
 
 def _finite_mean(values: np.ndarray) -> np.ndarray:  # [edit group] -> [edit], over the groups that have the language

@@ -15,6 +15,7 @@ from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.specialisation import top_tokens
 from workbench.study.languages import flagged_experts
 from workbench.study.measures import clear_preferences
+from workbench.study.remarks import LIFT
 from workbench.study.wording import estimate, known
 
 MAX_CARDS = 512  # of a larger model only the flagged and the most used experts get one
@@ -83,11 +84,11 @@ def atlas_cards(frames: Mapping[str, pl.DataFrame]) -> list[Card]:
 
 
 def companions(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Both ends of every pair chosen together more than the null allows: layer, expert, other, log2_lift, p_adjusted,
-    most first."""
+    """Both ends of every pair chosen together more than the null allows: layer, expert, other, log2_lift with
+    its interval, p_adjusted, most first."""
     _, edges = expert_graph(pairs, min_log2_lift=0.0)
     ends = [
-        edges.select("layer", pl.col(a).alias("expert"), pl.col(b).alias("other"), "log2_lift", "p_adjusted")
+        edges.select("layer", pl.col(a).alias("expert"), pl.col(b).alias("other"), *LIFT, "p_adjusted")
         for a, b in (("expert", "other"), ("other", "expert"))
     ]
     return pl.concat(ends).sort("log2_lift", descending=True, maintain_order=True)
@@ -119,7 +120,7 @@ def _card(layer: int, expert: int, index: Mapping[str, Rows], judged: bool) -> C
     ]
     facts += [Fact("also prefers", text) for text in (_also(rows("preferred")),) if text]
     if rows("companions"):
-        near = [f"expert {row['other']} (2^{row['log2_lift']:+.1f} times chance)" for row in rows("companions")[:3]]
+        near = [f"expert {row['other']} (log2 lift {_lift(row)})" for row in rows("companions")[:3]]
         facts.append(Fact("together with", ", ".join(near)))
     facts += [Fact("committee", _standing(row)) for row in rows("committee") if row["committee"]]
     if rows("use"):
@@ -138,6 +139,11 @@ def _card(layer: int, expert: int, index: Mapping[str, Rows], judged: bool) -> C
     shown = [(row["before"], row["token"], row["after"], row["lang"]) for row in rows("contexts")]
     is_flagged = any(row.get("flagged") for row in rows("shared") or rows("contrasts"))
     return Card(layer, expert, facts, shown, is_flagged)
+
+
+def _lift(row: dict) -> str:
+    value, low, high = (row[name] for name in LIFT)
+    return estimate(value, low, high, "+.1f")
 
 
 def _load(rows: Sequence[dict]) -> str:

@@ -17,6 +17,7 @@ from workbench.stats.dynamics import layer_consistency, local_consistency, persi
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.logits import logit_cells
 from workbench.stats.matching import at_one_effort, fertility, match_length, match_tokens, with_position_bin
+from workbench.stats.paths import paths
 from workbench.stats.specialisation import specialisation, vocabulary_specialisation
 from workbench.stats.validation import discover_and_validate, selection_stability, split_half_reliability
 from workbench.study.languages import contrast, floors_of, has_logits
@@ -32,8 +33,8 @@ IN_A_ROW = (4, 16, 64)  # tokens of a segment that one set of experts is to serv
 
 def measure_frames(run: Run, tokens: pl.DataFrame) -> Frames:
     """preferences, vocabulary, persistence, in_a_row (tokens that one set of experts serves), layers (alike in how they
-    sort tokens), pairs, steps (from layer to layer), `evenness_frames`, and what applies of committee, free_effort,
-    free_channel, and `language_measures`."""
+    sort tokens), pairs, steps (from layer to layer), paths (through all layers) and path_entropy, `evenness_frames`,
+    and what applies of committee, free_effort, free_channel, and `language_measures`."""
     once = at_one_effort(tokens)
     some = some_groups(once)
     frames = {
@@ -47,6 +48,7 @@ def measure_frames(run: Run, tokens: pl.DataFrame) -> Frames:
     steps = cross_layer(some, run.routing, run.n_experts, n_draws=N_DRAWS, seed=run.seed)
     if not steps.is_empty():  # one layer has none
         frames["steps"] = steps
+        frames["paths"], frames["path_entropy"] = paths(some, run.routing, seed=run.seed)
     if has_logits(run) and tokens["topic"].n_unique() > 1:
         cells = logit_cells(run.router_logits(), tokens, ["group_id", "topic"])
         frames["committee"] = committee(cells, "topic", run.n_experts, run.manifest["model"]["k"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import polars as pl
 
 from workbench.stats.coactivation import expert_graph
 from workbench.study.wording import counted, estimate, known
 
 Frames = dict[str, pl.DataFrame]
+LIFT = ("log2_lift", "log2_lift_low", "log2_lift_high")
 STABLE = 0.8  # share of half samples (Meinshausen & Buhlmann 2010)
 
 
@@ -165,9 +168,27 @@ def _steps(frames: Frames) -> str:
     for row in edges.sort("log2_lift", descending=True, maintain_order=True).head(1).iter_rows(named=True):
         text += (
             f" Most so: expert {row['expert']} of layer {row['layer']} and {row['other']} of layer "
-            f"{row['next_layer']}, {row['together']:,} times against {row['expected']:,.0f} expected."
+            f"{row['next_layer']}, {_often(row)}."
         )
-    return text
+    return f"{text} {_paths(frames['path_entropy'].row(0, named=True))}"
+
+
+def _paths(row: dict) -> str:
+    """The ways through all layers at once, against a chain that knows the layer before alone."""
+    shown = estimate(row["path_entropy"], row["path_entropy_low"], row["path_entropy_high"], ".2f")
+    verdict = "fewer ways than" if row["p"] <= 0.05 else "not certainly fewer ways than"
+    return (
+        f"First experts make {row['n_paths']:,} paths through all layers, with an entropy of {shown} bits: {verdict} "
+        f"if each layer knew the one before alone ({row['null_entropy']:.2f}, 95% of draws {row['null_low']:.2f} to "
+        f"{row['null_high']:.2f}, p {row['p']:.2f})."
+    )
+
+
+def _often(row: dict) -> str:
+    """How often a pair of experts was chosen together, and how much more than by chance."""
+    times, low, high = (None if row[name] is None else 2.0 ** row[name] for name in LIFT)
+    more = "" if times is None else f", {estimate(times, low, high, '.1f')} times as often"
+    return f"{row['together']:,} times against {row['expected']:,.0f} expected{more}"
 
 
 def _companions(pairs: pl.DataFrame) -> str:
@@ -179,8 +200,8 @@ def _companions(pairs: pl.DataFrame) -> str:
     )
     for row in edges.sort("log2_lift", descending=True, maintain_order=True).head(1).iter_rows(named=True):
         text += (
-            f" Most so: experts {row['expert']} and {row['other']} of layer {row['layer']}, {row['together']:,} times "
-            f"against {row['expected']:,.0f} expected."
+            f" Most so: experts {row['expert']} and {row['other']} of layer {row['layer']}, {_often(row)} (the largest "
+            "of many: expect less in other text)."
         )
     return text
 
@@ -202,13 +223,14 @@ def _committee(frames: Frames) -> str:
 
 def _geometry(frames: Frames) -> str:
     frame = frames.get("geometry", pl.DataFrame())
-    if frame.is_empty() or frame["n_docs"][0] < 4 or not frame["gap_residual"].is_finite().all():
+    if frame.is_empty() or frame["n_docs"][0] < 4 or not frame["gap_residual"].fill_null(math.nan).is_finite().all():
         return ""
     r2, left = frame["r2"].to_numpy(), (frame["gap_residual"] / frame["gap"]).to_numpy()
+    above = (frame["gap_residual_low"].fill_null(math.nan) > 0).sum()
     return (
         "Texts that look alike to a router are routed alike whatever experts are for. On a sample of "
         f"{frame['n_docs'][0]} documents the cosine of their hidden states explains {r2.min():.0%} to {r2.max():.0%} "
         "of the likeness of their routes over the layers. Of what texts of one language share beyond texts of two it "
         f"leaves {left.min():.0%} to {left.max():.0%}, more than chance (p at most 0.05) in "
-        f"{(frame['p'] <= 0.05).sum()} of {counted(len(frame), 'layer')}."
+        f"{(frame['p'] <= 0.05).sum()} of {counted(len(frame), 'layer')}; its 95% interval lies above 0 in {above}."
     )

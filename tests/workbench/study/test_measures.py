@@ -22,6 +22,7 @@ from workbench.study.remarks import (
     _geometry,
     _in_a_row,
     _margins,
+    _often,
     _vocabulary,
     remarks,
 )
@@ -124,6 +125,9 @@ def test_remarks_and_methods_say_what_the_frames_hold(finished_run: Run, tokens:
     assert f"of {len(frames['pairs']):,} pairs of experts" in said["companions"]
     assert said["geometry"] == ""  # needs the model
     assert f"of {len(frames['steps']):,} pairs of an expert and one of the next layer" in said["steps"]
+    about = frames["path_entropy"].row(0, named=True)
+    assert f"First experts make {about['n_paths']:,} paths" in said["steps"]
+    assert f"the one before alone ({about['null_entropy']:.2f}, 95% of draws" in said["steps"]
     assert said["vocabulary"] == ""  # no word of these short texts occurs 20 times at one effort
     lines = methods(tokens, frames)
     assert any(line.startswith("Pairs of experts: ") and f"{len(frames['pairs']):,} tests" in line for line in lines)
@@ -168,13 +172,17 @@ def test_geometry_says_what_it_leaves_and_where_that_is_certain() -> None:
             "r2": [0.2, 0.6],
             "gap": [0.1, 0.2],
             "gap_residual": [0.05, -0.02],
+            "gap_residual_low": [0.01, -0.04],
             "p": [0.01, 0.9],
             "n_docs": [24, 24],
         }
     )
     said = _geometry({"geometry": frame})
     assert "24 documents the cosine of their hidden states explains 20% to 60%" in said
-    assert "it leaves -10% to 50%, more than chance (p at most 0.05) in 1 of 2 layers" in said
+    assert (
+        "it leaves -10% to 50%, more than chance (p at most 0.05) in 1 of 2 layers; its 95% interval lies above 0 in 1."
+        in said
+    )
     assert _geometry({"geometry": frame.with_columns(n_docs=2)}) == ""
     assert _geometry({"geometry": frame.with_columns(gap_residual=float("nan"))}) == ""
 
@@ -275,3 +283,10 @@ def test_narrow_choices_are_told_with_ties() -> None:
     assert said.endswith("its median is 0.50. Exact ties decide 0 of 2,200 choices of a token and layer.")
     assert "Exact ties decide 25 of 2,200" in _margins(frame.with_columns(ties=pl.Series([0.025, 0.0])))
     assert _margins(frame[:0]) == ""
+
+
+def test_a_pair_is_told_with_the_interval_of_its_lift() -> None:
+    row = {"together": 90, "expected": 30.0, "log2_lift": 1.585, "log2_lift_low": 1.0, "log2_lift_high": 2.0}
+    assert _often(row) == "90 times against 30 expected, 3.0 [2.0, 4.0] times as often"
+    few = row | {"log2_lift_low": None, "log2_lift_high": None}
+    assert _often(few) == "90 times against 30 expected, 3.0 times as often"
