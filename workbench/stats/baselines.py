@@ -171,6 +171,7 @@ def geometry_baseline(
     Intervals: 95%, jackknife over the units of both documents (`resampling.pair_jackknife`), fitted anew. p rests on which documents have which label, the interval on which were read: with few units they may disagree
     near 0. Null where there is nothing to compare, as with one label.
     """
+    check_experts(counts["expert"].max(), n_experts)  # type: ignore[arg-type]
     docs = labels.join(counts.select("doc_id").unique(), on="doc_id").unique("doc_id").sort("doc_id")
     place = {name: number for number, name in enumerate(docs["doc_id"])}
     label = codes(docs[axis])

@@ -80,7 +80,7 @@ def coactivation(
         n_units=pl.lit(n_units),
         n_tests=pl.lit(len(upper[0]) * len(layers)),
     )
-    if n_draws and len(frame):
+    if n_draws:
         frame = frame.with_columns(**_against(frame["together"].to_numpy(), np.concatenate(draws, 1)))
     return _known_only(frame, pl.min_horizontal("n_expert", "n_other"))
 
@@ -148,7 +148,7 @@ def _against(observed: Ints, draws: Floats) -> dict[str, Floats]:
     n, mean, squares = len(draws), draws.mean(0), draws.var(0) * len(draws)
     apart = observed - mean
     center, spread = mean + apart / (n + 1), np.maximum(np.sqrt((squares + apart**2 * n / (n + 1)) / n), 0.5)
-    largest = np.sort(np.array([(np.abs(draw - center) / spread).max() for draw in draws]))
+    largest = np.sort(np.array([(np.abs(draw - center) / spread).max(initial=0) for draw in draws]))
     exceeding = n - np.searchsorted(largest * (1 + 1e-9), np.abs(observed - center) / spread, side="left")
     return {
         "expected": mean,

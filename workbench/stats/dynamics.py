@@ -231,6 +231,8 @@ def token_motion(tokens: Frame, routing: Frame, n_experts: int, window: int = 16
     """
     kept = tokens.lazy().sort("doc_id", "pos").collect()
     layers, ids = token_array(kept, routing)
+    if ids.size:
+        check_choices(ids, n_experts)
     n, n_layers, k = ids.shape
     turnover, velocity = np.full((n, n_layers), np.nan), np.full((n, n_layers), np.nan)
     left = _neighbours(kept)

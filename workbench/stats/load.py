@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from workbench.axes import SEGMENTS
-from workbench.stats.index import Frame, Ints, id_matrix, locate, unit_index
+from workbench.stats.index import Frame, Ints, check_experts, id_matrix, locate, unit_index
 
 PART = 1_000_000  # routing rows counted at once
 
@@ -73,6 +73,7 @@ def expert_load(counts: pl.DataFrame, by: Sequence[str], n_experts: int) -> pl.D
     2409.02060, section 5; here divided by k). log2_ratio = log2(load E): 0 uniform, +1 twice, -1 half; null where the
     expert got nothing. Tokens weigh equally: this describes the traffic. Contrasts weigh documents equally instead.
     """
+    check_experts(counts["expert"].max(), n_experts)  # type: ignore[arg-type]
     keys = list(by)
     cells = counts.select(*keys, "layer").unique()
     every = cells.join(pl.DataFrame({"expert": range(n_experts)}), how="cross")
@@ -130,6 +131,7 @@ def unit_cube(
 
     Only units that have rows for every one of `values` are kept, sorted by id; layers are all those of `cells`.
     """
+    check_experts(cells["expert"].max(), n_experts)  # type: ignore[arg-type]
     layers = cells["layer"].unique().sort().to_list()
     present = cells.select(unit, axis).unique().filter(pl.col(axis).is_in(list(values)))
     paired = present.group_by(unit).len().filter(pl.col("len") == len(values)).sort(unit)

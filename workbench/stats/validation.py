@@ -96,9 +96,11 @@ def split_half_reliability(
     differences = cube[0] - cube[1]  # [group layer expert]
     halves = random_halves(len(groups), n_splits, seed) if len(groups) >= 4 else np.full((2, 1, len(groups)), np.nan)
     first, second = (np.tensordot(half, differences, axes=1) for half in halves)  # [split layer expert]
-    rho = _spearman(first, second)
+    enough = len(groups) >= 4
+    rho = _spearman(first, second) if enough else np.full(first.shape[:2], np.nan)
     size = min(top, n_experts)
     mean = rho.mean(0)
+    alike = _top_jaccard(np.abs(first), np.abs(second), size).mean(0) if enough else np.full(len(layers), np.nan)
     return pl.DataFrame(
         {
             "layer": layers,
@@ -106,7 +108,7 @@ def split_half_reliability(
             "spearman_low": np.quantile(rho, 0.025, axis=0),
             "spearman_high": np.quantile(rho, 0.975, axis=0),
             "reliability": 2 * mean / (1 + mean),
-            "top_overlap": _top_jaccard(np.abs(first), np.abs(second), size).mean(0),
+            "top_overlap": alike,
             "chance": np.full(len(layers), chance_overlap(size, n_experts)["jaccard"]),
             "n_groups": np.full(len(layers), len(groups)),
         }
@@ -129,7 +131,8 @@ def selection_stability(
     Stability selection (Meinshausen & Buhlmann 2010, doi 10.1111/j.1467-9868.2010.00740.x) with the rule |mean risk
     difference| >= floor and the sign of all groups together. With `logits` (`logits.logit_cells` by [group_id, axis])
     the centred router logit must also differ by logit_floor of its standard deviations over tokens, in the same sense.
-    Keep experts of at least 0.8. Raises FrameError for floors of 0: about any half then has the sign of the whole.
+    Keep experts of at least 0.8. A share of subsamples of one set of groups has no interval; null for fewer than 2 groups.
+    Null hypothesis: about 0, or 0.5 of a sign alone, which is why floors of 0 are refused. Raises FrameError for floors of 0: about any half then has the sign of the whole.
     """
     if risk_floor <= 0 and (logits is None or logit_floor <= 0):
         raise FrameError(
@@ -150,12 +153,12 @@ def selection_stability(
                 "Pass cells of the same tokens."
             )
         passes &= np.tensordot(halves, difference, axes=1) / spread * sign >= logit_floor
-    passed = passes.mean(0)
+    passed = passes.mean(0) if len(groups) > 1 else np.full(passes.shape[1:], np.nan)
     return pl.DataFrame(
         {
             "layer": np.repeat(np.array(layers, dtype=np.int64), n_experts),
             "expert": np.tile(np.arange(n_experts), len(layers)),
-            "stability": passed.ravel(),
+            "stability": pl.Series(passed.ravel(), nan_to_null=True),
             "n_groups": np.full(passed.size, len(groups)),
         }
     )
