@@ -52,9 +52,10 @@ def balance(counts: pl.DataFrame, by: Sequence[str], n_experts: int, k: int, uni
     """Every measure of `balance_measures` per layer with its interval: columns *by, layer, measure, value, low, high,
     ...
 
-    counts: `load.slot_counts` by [unit, *by]. Tokens weigh equally (this is traffic); intervals: delete-a-group
-    jackknife over units. null: the mean under a uniform router with as many independent slots, the value that sampling
-    alone gives (for entropy and cv by formula, for the others over N_NULL draws). Also n_units, n_slots.
+    counts: `load.slot_counts` by [unit, *by]; measures as in arXiv 2601.03425 and Miller 1955. Tokens weigh equally
+    (this is traffic); intervals: 95%, delete-a-group jackknife over units. null: the mean under a uniform router with
+    as many independent slots, the value that sampling alone gives (for entropy and cv by formula, for the others over
+    N_NULL draws). Also n_units, n_slots.
     """
     check_counts(counts, n_experts)
     frames = []
@@ -146,7 +147,7 @@ def _shares(slots: Floats) -> Floats:  # [... expert] -> [... expert]
 
 
 def auxiliary_loss(counts: pl.DataFrame, n_experts: int, unit: str = "group_id") -> pl.DataFrame:
-    """E sum q^2, the load part of the Switch auxiliary loss (arXiv 2101.03961), per layer and pooled: one row per scope.
+    """E sum q^2, the load part of the Switch auxiliary loss (arXiv 2101.03961), by layer and pooled: one row per scope.
 
     counts: `load.slot_counts` by [unit] of one condition. Columns scope, value, low, high (delete-a-group jackknife
     over units), null (1, perfectly even; E / k is the worst), n_units. Scopes: one per layer ("layer 3"), "mean of

@@ -127,8 +127,8 @@ def _log2_lift(observed: np.ndarray, expected: np.ndarray) -> Floats:
 
 def _known_only(frame: pl.DataFrame, least: pl.Expr) -> pl.DataFrame:
     """Null instead of NaN, and where one of the two was never chosen."""
-    names = ("share", "share_low", "share_high", "lift", "log2_lift", "log2_lift_low", "log2_lift_high", "z", "p_adjusted")
-    numbers = [name for name in names if name in frame.columns]
+    shares, lifts = ("share", "share_low", "share_high", "lift"), ("log2_lift", "log2_lift_low", "log2_lift_high")
+    numbers = [name for name in (*shares, *lifts, "z", "p_adjusted") if name in frame.columns]
     return frame.with_columns(pl.when(least > 0).then(pl.col(numbers).fill_nan(None)))
 
 
@@ -272,10 +272,11 @@ def _deal(document: Ints, rng: np.random.Generator) -> Ints:
 def expert_graph(
     pairs: pl.DataFrame, alpha: float = 0.05, min_log2_lift: float = 0.5
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(nodes, edges) of pairs chosen together more than the null allows.
+    """(nodes, edges) of pairs chosen together more than the null allows (graph of pairs as in arXiv 2409.02060).
 
-    pairs: `coactivation` with n_draws > 0. edges: its rows with p_adjusted <= alpha and log2_lift >= min_log2_lift;
-    nodes: layer, expert, n_tokens of it, degree, cluster (connected component within the layer, from 0 by size).
+    pairs: `coactivation` with n_draws > 0. edges: its rows, intervals included, with p_adjusted <= alpha and log2_lift
+    >= min_log2_lift; nodes: layer, expert, n_tokens of it, degree, cluster (connected component within the layer, from
+    0 by size).
     """
     edges = pairs.filter(pl.col("p_adjusted") <= alpha, pl.col("log2_lift") >= min_log2_lift)
     ends = [pairs.select("layer", expert=end, n=size) for end, size in (("expert", "n_expert"), ("other", "n_other"))]

@@ -111,10 +111,10 @@ def attribution_summary(
 ) -> pl.DataFrame:
     """Mean direct logit attribution of every expert to every target: one row per target, layer and expert.
 
-    dla: see the module's head. Columns target, layer, expert, mean (over a unit's tokens, an expert that was not chosen
-    adding 0, then over units; the exact linear part of the logit, Elhage et al. 2021), when_chosen (mean over the tokens that chose it), low, high (95%, Student's t over
-    units), t, p_adjusted (sign flips, max-T over all rows), n_chosen, n_units, n_tests. Null: 0. Only the direct path:
-    what later layers make of an output is not in it.
+    dla: see the module's head; the exact linear part of a logit, as in Elhage et al. 2021. Columns target, layer,
+    expert, mean (over a unit's tokens, an expert that was not chosen adding 0, then over units), when_chosen (mean over
+    the tokens that chose it), low, high (95%, Student's t over units), t, p_adjusted (sign flips, max-T over all rows),
+    n_chosen, n_units, n_tests. Null: 0. Only the direct path: what later layers make of an output is not in it.
     """
     labels = tokens.lazy().select("doc_id", "pos", unit).collect()
     measured = dla.select("doc_id", "pos").unique().join(labels, on=["doc_id", "pos"])
@@ -151,8 +151,8 @@ def super_experts(
     peaks: one row per layer and expert with peak = max |component of the expert's output| over all tokens, BOS
     included. super: peak above the `quantile` of all peaks, above `share` of the largest peak, and in the first `depth`
     of the layers (arXiv 2507.23279, whose three super experts of Qwen3-30B-A3B peak at 744, 540 and 430 against 64 for
-    the next). ratio: peak over the median of its layer. A screen without a test; being a maximum, a peak grows with the
-    text. Keep super experts out of language and mode claims and of random controls.
+    the next). ratio: peak over the median of its layer. A screen without null, test or interval; being a maximum, a
+    peak grows with the text. Keep super experts out of language and mode claims and of random controls.
     """
     if peaks.is_empty():
         raise FrameError("peaks: expected one per layer and expert, got none. Measure a mixture.")
@@ -173,8 +173,9 @@ def sink_experts(
 ) -> pl.DataFrame:
     """Which experts belong to BOS and the first tokens: `specialisation` of pos < n_first against the rest of a text.
 
-    Every segment counts. f_in near 1 and f_out near 0 is an expert of the attention sink: drop such positions from
-    comparisons (`matching.select_tokens(skip_first=)`) and look at results with and without them.
+    Null, interval and source as there: first tokens are like any; 95%, t or Welch over documents; arXiv 2409.02060, and
+    2507.23279 for sinks. Every segment counts. f_in near 1 and f_out near 0 is an expert of the attention sink: drop
+    such positions from comparisons (`matching.select_tokens(skip_first=)`) and look at results with and without them.
     """
     marked = tokens.lazy().with_columns(
         place=pl.when(pl.col("pos") < n_first).then(pl.lit("first")).otherwise(pl.lit("rest"))

@@ -27,9 +27,10 @@ def match_experts(first: Rows, second: Rows, n_draws: int = 9, seed: int = 0) ->
     """The one-to-one matching of experts with the largest summed cosine of router rows: one row per layer and expert.
 
     Columns layer, expert (of first), matched (of second), cosine (of the matched rows), own_cosine (with the expert of
-    the same number), next_cosine (the best other), same (matched is the same number), null_cosine. Solved exactly
-    (Kuhn 1955; scipy.optimize.linear_sum_assignment). Cosine, because a row's length scales its logit and not its
-    direction. Raises FrameError when layers or shapes differ.
+    the same number), next_cosine (the best other), same (matched is the same number), null_cosine. Solved exactly (Kuhn
+    1955; scipy.optimize.linear_sum_assignment). Cosine, because a row's length scales its logit and not its direction.
+    No interval: rows are parameters; `router_drift` has that of their mean. Raises FrameError when layers or shapes
+    differ.
 
     Null: an unrelated router of the same inner geometry. null_cosine is the mean cosine over the layer's experts when
     the second router's input axes are permuted and their signs flipped at random, which keeps all angles among its own
@@ -82,13 +83,14 @@ def _turned(rows: NDArray[np.floating], rng: np.random.Generator) -> Floats:
 
 def router_drift(matches: pl.DataFrame) -> pl.DataFrame:
     """`match_experts` per layer: columns layer, cosine (mean), cosine_low, cosine_high, least, next_cosine (mean),
-    null_cosine, same (share of experts that kept their number), n_experts.
+    null_cosine, same (share of experts that kept their number), n_experts. This project's.
 
     Interval: 95%, Student's t over the layer's experts, as if these were draws of what training makes of experts; the
     rows themselves are known exactly. Null: null_cosine, two unrelated routers (see `match_experts`).
     """
     per_layer = {
-        layer: t_interval(part["cosine"].to_numpy()) for (layer,), part in matches.group_by("layer", maintain_order=True)
+        layer: t_interval(part["cosine"].to_numpy())
+        for (layer,), part in matches.group_by("layer", maintain_order=True)
     }
     ends = [pl.Series([float(per_layer[layer][end]) for layer in sorted(per_layer)]) for end in (0, 1)]  # type: ignore[type-var]
     return (
@@ -180,7 +182,8 @@ def decompose_drift(tokens: Frame, routings: Mapping[str, Frame], **options: obj
 
     routings: "aa" and "bb" are the two checkpoints' own; "ab" the router of a on the hidden states of b, "ba" the
     reverse. Rows: part "both" (aa, bb), "router" (aa against ba: a's states, b's router), "input" (aa against ab), each
-    with the columns of `routing_drift`, whose options may be given. Experts keep their numbers.
+    with the columns, interval and null of `routing_drift`, whose options may be given. Experts keep their numbers. This
+    project's.
     """
     pairs = {"both": ("aa", "bb"), "router": ("aa", "ba"), "input": ("aa", "ab")}
     missing = {name for pair in pairs.values() for name in pair} - routings.keys()
@@ -210,7 +213,9 @@ def margin_flips(
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     layers, (a, b) = _aligned(kept, first, second, None)
     flips = (shared_experts(a, b) < a.shape[2]).astype(np.float64)  # [token layer]
-    as_list = first.lazy().with_columns(margin=pl.concat_list(pl.col("router_margin").fill_nan(None).fill_null(-np.inf)))
+    as_list = first.lazy().with_columns(
+        margin=pl.concat_list(pl.col("router_margin").fill_nan(None).fill_null(-np.inf))
+    )
     margins = token_array(kept, as_list, "margin")[1][..., 0]
     group = codes(kept["group_id"])
     rows = []

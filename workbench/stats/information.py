@@ -57,7 +57,7 @@ def decompose_routing(
     shuffles factor j among tokens alike in them (for later factors p is approximate: read the interval); the rest as in
     `mutual_information`. Order matters: what two factors share goes to the first, so put token identity first and ask
     what the others add (design of arXiv 2604.17182, in bits). residual = H(expert) - sum of excesses: what the factors
-    leave open, context and noise.
+    leave open, context and noise. Null: a factor adds nothing, excess 0.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     layers, ids = token_array(kept, routing)

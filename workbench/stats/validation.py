@@ -38,7 +38,8 @@ def discover_and_validate(
     counts: slots by [group_id, axis]; splits: columns group_id, split. One row per expert flagged on discovery (see
     `flag_experts`): layer, expert, discovery_difference, risk_difference, low, high, t, p_adjusted (validation groups;
     max-T over the flagged experts only), replicated, n_groups, n_tests. replicated: p_adjusted <= alpha and the same
-    sign. Null: as `paired_contrasts`, on groups that had no part in choosing.
+    sign. low, high: 95%, Student's t over the validation groups. Null: as `paired_contrasts`, on groups that had no
+    part in choosing (sample splitting, Cox 1975).
 
     logits (`logits.logit_cells` by [group_id, axis]) and logit_floor: floors are calibrated as a pair, so a risk_floor
     of 0 says little without them. They take part in choosing; what is tested on validation is the share.
@@ -89,8 +90,9 @@ def split_half_reliability(
     """How alike two random halves of the groups rank the experts of a layer: one row per layer.
 
     Columns layer, spearman (mean rank correlation of the risk differences over splits), spearman_low, spearman_high
-    (2.5% and 97.5% of the splits, which overlap, so no confidence interval), reliability (Spearman-Brown: of all
-    groups together), top_overlap (Jaccard of the `top` largest |RD|), chance (of that), n_groups. Null: 0, and chance.
+    (2.5% and 97.5% of the splits, which overlap, so no confidence interval), reliability (Spearman-Brown: of all groups
+    together), top_overlap (Jaccard of the `top` largest |RD|), chance (of that), n_groups. Null: 0, and chance.
+    Spearman 1910, Brown 1910. NaN for fewer than 4 groups.
     """
     groups, layers, cube = frequency_cube(counts, axis, values, n_experts)
     differences = cube[0] - cube[1]  # [group layer expert]
@@ -131,8 +133,9 @@ def selection_stability(
     Stability selection (Meinshausen & Buhlmann 2010, doi 10.1111/j.1467-9868.2010.00740.x) with the rule |mean risk
     difference| >= floor and the sign of all groups together. With `logits` (`logits.logit_cells` by [group_id, axis])
     the centred router logit must also differ by logit_floor of its standard deviations over tokens, in the same sense.
-    Keep experts of at least 0.8. A share of subsamples of one set of groups has no interval; null for fewer than 2 groups.
-    Null hypothesis: about 0, or 0.5 of a sign alone, which is why floors of 0 are refused. Raises FrameError for floors of 0: about any half then has the sign of the whole.
+    Keep experts of at least 0.8, which is the bound on false selections; a share of subsamples of one set of groups has
+    no interval of its own. Null for fewer than 2 groups. Null hypothesis: a difference around 0, whose sign alone any
+    half shares half of the time. Raises FrameError for floors of 0: about any half then has the sign of the whole.
     """
     if risk_floor <= 0 and (logits is None or logit_floor <= 0):
         raise FrameError(

@@ -78,7 +78,9 @@ def test_draws_that_were_lost_are_an_error_and_none_are_no_rows() -> None:
         with pytest.raises(FrameError, match="expected draw 0"):
             adjust_audit(part)
     assert adjust_audit(whole.clear()).is_empty()
-    empty = pl.DataFrame(schema={"kind": pl.String, "p_kl": pl.Float64, "p_selective": pl.Float64, "n_controls": pl.Int64})
+    empty = pl.DataFrame(
+        schema={"kind": pl.String, "p_kl": pl.Float64, "p_selective": pl.Float64, "n_controls": pl.Int64}
+    )
     assert holm_audit(empty).is_empty()
 
 

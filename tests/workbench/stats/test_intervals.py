@@ -22,9 +22,10 @@ from workbench.stats.paths import paths
 
 
 def held(frames: list[pl.DataFrame], name: str) -> tuple[float, float]:
-    """(share of intervals that hold the mean over data sets, their width in standard deviations over data sets / 3.92)."""
+    """(share of intervals that hold the mean over data sets, their width / 3.92 in standard deviations over these)."""
     value, low, high = (
-        np.stack([frame[f"{name}{end}"].cast(pl.Float64).to_numpy() for frame in frames]) for end in ("", "_low", "_high")
+        np.stack([frame[f"{name}{end}"].cast(pl.Float64).to_numpy() for frame in frames])
+        for end in ("", "_low", "_high")
     )
     known, mean = np.isfinite(low), value.mean(0)
     covered = (low <= mean) & (mean <= high)
@@ -32,7 +33,7 @@ def held(frames: list[pl.DataFrame], name: str) -> tuple[float, float]:
 
 
 def mixture(routed: Callable, seed: int, n_groups: int = 24, n_tokens: int = 16, n_experts: int = 8) -> tuple:
-    """Two layers, k = 3: experts 0 and 1 of layer 0 share a push, whose strength differs by group; layer 1 repeats it."""
+    """Two layers, k = 3: experts 0 and 1 share a push in both, whose strength differs by group."""
     rng = np.random.default_rng(seed)
     group = np.repeat(np.arange(n_groups), n_tokens)
     names = {"doc_id": [f"d{g}" for g in group], "group_id": [f"g{g // 2}" for g in group]}
@@ -79,7 +80,9 @@ def test_paths_of_groups_that_differ() -> None:
         first, second, other = rng.integers(0, 3, (3, n))
         routes = (first, second, np.where(rng.random(n) < memory, first, other))
         names = group.astype(str)
-        tokens = pl.DataFrame({"doc_id": names, "group_id": names, "pos": np.tile(np.arange(25), 24), "segment": "user"})
+        tokens = pl.DataFrame(
+            {"doc_id": names, "group_id": names, "pos": np.tile(np.arange(25), 24), "segment": "user"}
+        )
         layers = [
             tokens.select("doc_id", "pos", layer=pl.lit(layer), expert_ids=pl.Series(ids[:, None].tolist()))
             for layer, ids in enumerate(routes)
@@ -101,12 +104,15 @@ def test_geometry_of_texts_in_two_languages() -> None:
         logits[:, 0] += 1.5 * np.tile([0, 1], 24) * np.repeat(1 + 0.5 * rng.normal(size=24), 2)
         docs = [f"d{doc:02}" for doc in range(48)]
         counts = pl.DataFrame(
-            {"doc_id": np.repeat(docs, 16), "layer": 0, "expert": np.tile(np.arange(16), 48), "slots": np.exp(logits).ravel()}
+            {
+                "doc_id": np.repeat(docs, 16),
+                "layer": 0,
+                "expert": np.tile(np.arange(16), 48),
+                "slots": np.exp(logits).ravel(),
+            }
         )
         hidden = pl.DataFrame({"doc_id": docs, "layer": 0, "mean_in": states.tolist()})
-        labels = pl.DataFrame(
-            {"doc_id": docs, "lang": ["en", "ja"] * 24, "group_id": np.repeat(np.arange(24), 2)}
-        )
+        labels = pl.DataFrame({"doc_id": docs, "lang": ["en", "ja"] * 24, "group_id": np.repeat(np.arange(24), 2)})
         found.append(geometry_baseline(counts, hidden, labels, "lang", 16, n_shuffles=1))
     assert found[0].select("n_units", "n_docs").row(0) == (24, 48)
     for name in ("r2", "gap", "gap_residual"):
