@@ -33,8 +33,8 @@ def adjust_audit(draws: pl.DataFrame, by: Sequence[str] = ("kind",)) -> pl.DataF
     Null: an expert is one more draw of its own controls. Effects are put on a common scale, the logarithm less its mean
     over the expert's n + 1 draws in their standard deviations, which treats the expert as it treats a control. The
     adjusted p of an expert is the sum over all experts of the share of their draws that reach its value; experts are
-    taken in order of it and leave the sum once they are judged (step-down; Westfall & Wolfinger 1997, doi
-    10.1080/00031305.1997.10473577). The sum holds whatever the draws of different experts have in common, as they do in
+    taken in order of it and leave the sum once they are judged (step-down; Westfall & Wolfinger
+    1997, Am. Stat. 51, 3). The sum holds whatever the draws of different experts have in common, as they do in
     one layer; it bounds the chance of a single false finding in a family of one outcome, strongly. Its price: with 20
     controls an expert needs to lie above every control of every expert, and with 99 four may lie above it. One expert
     alone keeps its plain p. Raises FrameError when an expert has no draw 0, or not as many controls as the others.

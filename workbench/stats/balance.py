@@ -8,10 +8,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from workbench.stats.index import Frame, Ints, codes, locate
+from workbench.stats.index import Frame, Ints, check_counts, codes, locate
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.resampling import Floats, block_jackknife
 
+N_NULL = 200  # draws of a uniform router
 DEAD, HOT = 0.001, 0.5  # selection frequencies f below and above which an expert counts as dead or hot
 BY_SCOPE = ("entropy", "entropy_corrected", "gini")
 MEASURES = ("entropy", "entropy_corrected", "effective_experts", "gini", "cv", "max_ratio", "n_idle", "n_dead", "n_hot")
@@ -24,17 +25,18 @@ def balance_measures(slots: Floats, k: int) -> dict[str, Floats]:
     (E' - 1) / (2 N) nats that N slots on E' used experts lose on average (Miller 1955); effective_experts =
     exp(corrected entropy in nats); gini in [0, 1); cv = sd / mean; max_ratio = E max q, at most E / k since an expert
     takes at most one of a token's k slots; n_idle: no slot; n_dead: selection frequency k q below 0.001; n_hot: above
-    0.5 (definitions collected in arXiv 2601.03425).
+    0.5 (definitions collected in arXiv 2601.03425). NaN without a slot; entropies NaN for one expert.
     """
     n_experts, total = slots.shape[-1], slots.sum(-1)
+    log_experts = np.log(n_experts) or np.nan  # one expert is neither even nor uneven
     q = slots / np.maximum(total, 1)[..., None]
     nats = -(q * np.log(q, where=q > 0, out=np.zeros_like(q))).sum(-1)
     used = (q > 0).sum(-1)
     corrected = np.minimum(nats + (used - 1) / (2 * np.maximum(total, 1)), np.log(n_experts))
     ranks = 2 * np.arange(1, n_experts + 1) - n_experts - 1
-    return {
-        "entropy": nats / np.log(n_experts),
-        "entropy_corrected": corrected / np.log(n_experts),
+    found = {
+        "entropy": nats / log_experts,
+        "entropy_corrected": corrected / log_experts,
         "effective_experts": np.exp(corrected),
         "gini": (np.sort(q, -1) * ranks).sum(-1) / n_experts,
         "cv": q.std(-1) * n_experts,
@@ -43,16 +45,19 @@ def balance_measures(slots: Floats, k: int) -> dict[str, Floats]:
         "n_dead": (k * q < DEAD).sum(-1).astype(np.float64),
         "n_hot": (k * q > HOT).sum(-1).astype(np.float64),
     }
+    return {name: np.where(total > 0, values, np.nan) for name, values in found.items()}
 
 
 def balance(counts: pl.DataFrame, by: Sequence[str], n_experts: int, k: int, unit: str = "group_id") -> pl.DataFrame:
     """Every measure of `balance_measures` per layer with its interval: columns *by, layer, measure, value, low, high,
     ...
 
-    counts: `load.slot_counts` by [unit, *by]. Tokens weigh equally (this is traffic); intervals: delete-a-group
-    jackknife over units. null: the mean under a uniform router with as many independent slots, the value that sampling
-    alone gives (for entropy and cv by formula, NaN for the others). Also n_units, n_slots.
+    counts: `load.slot_counts` by [unit, *by]; measures as in arXiv 2601.03425 and Miller 1955. Tokens weigh equally
+    (this is traffic); intervals: 95%, delete-a-group jackknife over units. null: the mean under a uniform router with
+    as many independent slots, the value that sampling alone gives (for entropy and cv by formula, for the others over
+    N_NULL draws). Also n_units, n_slots.
     """
+    check_counts(counts, n_experts)
     frames = []
     layers = counts["layer"].unique().sort().to_list()
     groups = counts.partition_by(list(by), as_dict=True, maintain_order=True) if by else {(): counts}
@@ -60,7 +65,8 @@ def balance(counts: pl.DataFrame, by: Sequence[str], n_experts: int, k: int, uni
         cube = _slots_cube(part, layers, n_experts, unit)  # [unit layer expert]
         numbers = block_jackknife(_statistic(cube, k), len(cube))
         n_slots = cube.sum((0, 2))
-        frames.append(_balance_frame(dict(zip(by, key, strict=True)), layers, numbers, n_slots, n_experts, len(cube)))
+        null = _uniform(n_slots, n_experts, k)
+        frames.append(_balance_frame(dict(zip(by, key, strict=True)), layers, numbers, n_slots, null, len(cube)))
     return pl.concat(frames)
 
 
@@ -77,13 +83,21 @@ def _slots_cube(part: pl.DataFrame, layers: list[int], n_experts: int, unit: str
     return cube
 
 
-def _balance_frame(
-    key: dict[str, object], layers: list[int], numbers: Sequence[Floats], n_slots: Floats, n_experts: int, n_units: int
-) -> pl.DataFrame:
+def _uniform(n_slots: Floats, n_experts: int, k: int) -> dict[str, Floats]:
+    """Every measure under a uniform router with as many slots in a layer: name -> [layer]."""
     n = np.maximum(n_slots, 1)
-    lost = (n_experts - 1) / (2 * n) / np.log(n_experts)
-    nulls = {"entropy": 1 - lost, "cv": np.sqrt((n_experts - 1) / n)}
-    missing = np.full(len(layers), np.nan)
+    shares = np.full(n_experts, 1 / n_experts)
+    drawn = np.random.default_rng(0).multinomial(n_slots.astype(np.int64), shares, (N_NULL, len(n_slots)))
+    means = {name: values.mean(0) for name, values in balance_measures(drawn.astype(np.float64), k).items()}
+    if n_experts == 1:
+        return means
+    return means | {"entropy": 1 - (n_experts - 1) / (2 * n) / np.log(n_experts), "cv": np.sqrt((n_experts - 1) / n)}
+
+
+def _balance_frame(
+    key: dict[str, object], layers: list[int], numbers: Sequence[Floats], n_slots: Floats, null: dict[str, Floats],
+    n_units: int,
+) -> pl.DataFrame:  # fmt: skip
     value, low, high = (part.ravel() for part in numbers)
     frame = pl.DataFrame(
         {
@@ -92,7 +106,7 @@ def _balance_frame(
             "value": value,
             "low": low,
             "high": high,
-            "null": np.concatenate([nulls.get(name, missing) for name in MEASURES]),
+            "null": np.concatenate([null[name] for name in MEASURES]),
             "n_slots": np.tile(n_slots, len(MEASURES)),
         }
     )
@@ -104,8 +118,9 @@ def load_interval(counts: pl.DataFrame, by: Sequence[str], n_experts: int, unit:
     """`load.expert_load` with its interval: columns *by, layer, expert, load, low, high, null, n_slots, n_units.
 
     counts: `load.slot_counts` by [unit, *by]. Tokens weigh equally (this is traffic); low, high: 95%, delete-a-group
-    jackknife over units. null: 1 / E, an even router. n_slots: of the layer.
+    jackknife over units. null: 1 / E, an even router. n_slots: of the layer. Shares as in OLMoE (arXiv 2409.02060).
     """
+    check_counts(counts, n_experts)
     layers = counts["layer"].unique().sort().to_list()
     groups = counts.partition_by(list(by), as_dict=True, maintain_order=True) if by else {(): counts}
     frames = []
@@ -132,7 +147,7 @@ def _shares(slots: Floats) -> Floats:  # [... expert] -> [... expert]
 
 
 def auxiliary_loss(counts: pl.DataFrame, n_experts: int, unit: str = "group_id") -> pl.DataFrame:
-    """E sum q^2, the load part of the Switch auxiliary loss, per layer and over pooled layers: one row per scope.
+    """E sum q^2, the load part of the Switch auxiliary loss (arXiv 2101.03961), by layer and pooled: one row per scope.
 
     counts: `load.slot_counts` by [unit] of one condition. Columns scope, value, low, high (delete-a-group jackknife
     over units), null (1, perfectly even; E / k is the worst), n_units. Scopes: one per layer ("layer 3"), "mean of
@@ -141,6 +156,7 @@ def auxiliary_loss(counts: pl.DataFrame, n_experts: int, unit: str = "group_id")
     their imbalances cancel: models with a mean of 3.6 and of 1.5 both pool to 1.00. Never report the pooled value as
     balance.
     """
+    check_counts(counts, n_experts)
     layers = counts["layer"].unique().sort().to_list()
     cube = _slots_cube(counts, layers, n_experts, unit)  # [unit layer expert]
 
@@ -176,13 +192,14 @@ def balance_by_scope(
     frames = []
     for scope, column in (("document", "doc_id"), ("window", "window"), ("language", "lang"), ("global", "everything")):
         counts = slot_counts(kept, routing, [unit, column], segments)
+        check_counts(counts, n_experts)
         layers, owner = counts["layer"].unique().sort().to_list(), codes(counts[unit])
         n_units = int(owner.max(initial=-1)) + 1
 
         means = _mean_balance(counts, column, layers, n_experts, k, owner)
         numbers = block_jackknife(means, n_units)  # each [measure layer]
         n_slots = _slots_cube(counts, layers, n_experts, column).sum(-1)  # [part layer]
-        lost = ((n_experts - 1) / (2 * np.maximum(n_slots, 1)) / np.log(n_experts)).mean(0)
+        lost = ((n_experts - 1) / (2 * np.maximum(n_slots, 1)) / (np.log(n_experts) or np.nan)).mean(0)
         columns = {
             f"{name}{end}": np.minimum(part[place], 1)
             for place, name in enumerate(BY_SCOPE)
@@ -214,7 +231,10 @@ def _mean_balance(
 
 
 def lorenz_curve(load: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
-    """Share of slots held by the least used share of experts: columns *by, layer, experts, slots, both from 0 to 1."""
+    """Share of slots held by the least used share of experts: columns *by, layer, experts, slots, both from 0 to 1.
+
+    Lorenz 1905. Null: slots = experts, an even router. A picture without an interval: `balance` has that of its Gini.
+    """
     ordered = load.sort(*by, "layer", "load")
     places = pl.int_range(1, pl.len() + 1).over(*by, "layer") / pl.len().over(*by, "layer")
     curve = ordered.select(*by, "layer", experts=places, slots=pl.col("load").cum_sum().over(*by, "layer"))

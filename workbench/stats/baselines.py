@@ -168,9 +168,11 @@ def geometry_baseline(
     one-sided. Documents of one unit and label, say a text at three efforts, keep one label: they are alike whatever the
     label means. Without `unit` in labels every document is taken for a text of its own.
 
-    Intervals: 95%, jackknife over the units of both documents (`resampling.pair_jackknife`), fitted anew. p rests on which documents have which label, the interval on which were read: with few units they may disagree
-    near 0. Null where there is nothing to compare, as with one label.
+    Intervals: 95%, jackknife over the units of both documents (`resampling.pair_jackknife`), fitted anew. p rests on
+    which documents have which label, the interval on which were read: with few units they may disagree near 0. Null
+    where there is nothing to compare, as with one label.
     """
+    check_experts(counts["expert"].max(), n_experts)  # type: ignore[arg-type]
     docs = labels.join(counts.select("doc_id").unique(), on="doc_id").unique("doc_id").sort("doc_id")
     place = {name: number for number, name in enumerate(docs["doc_id"])}
     label = codes(docs[axis])

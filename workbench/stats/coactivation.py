@@ -80,7 +80,7 @@ def coactivation(
         n_units=pl.lit(n_units),
         n_tests=pl.lit(len(upper[0]) * len(layers)),
     )
-    if n_draws and len(frame):
+    if n_draws:
         frame = frame.with_columns(**_against(frame["together"].to_numpy(), np.concatenate(draws, 1)))
     return _known_only(frame, pl.min_horizontal("n_expert", "n_other"))
 
@@ -127,18 +127,8 @@ def _log2_lift(observed: np.ndarray, expected: np.ndarray) -> Floats:
 
 def _known_only(frame: pl.DataFrame, least: pl.Expr) -> pl.DataFrame:
     """Null instead of NaN, and where one of the two was never chosen."""
-    names = (
-        "share",
-        "share_low",
-        "share_high",
-        "lift",
-        "log2_lift",
-        "log2_lift_low",
-        "log2_lift_high",
-        "z",
-        "p_adjusted",
-    )
-    numbers = [name for name in names if name in frame.columns]
+    shares, lifts = ("share", "share_low", "share_high", "lift"), ("log2_lift", "log2_lift_low", "log2_lift_high")
+    numbers = [name for name in (*shares, *lifts, "z", "p_adjusted") if name in frame.columns]
     return frame.with_columns(pl.when(least > 0).then(pl.col(numbers).fill_nan(None)))
 
 
@@ -158,7 +148,7 @@ def _against(observed: Ints, draws: Floats) -> dict[str, Floats]:
     n, mean, squares = len(draws), draws.mean(0), draws.var(0) * len(draws)
     apart = observed - mean
     center, spread = mean + apart / (n + 1), np.maximum(np.sqrt((squares + apart**2 * n / (n + 1)) / n), 0.5)
-    largest = np.sort(np.array([(np.abs(draw - center) / spread).max() for draw in draws]))
+    largest = np.sort(np.array([(np.abs(draw - center) / spread).max(initial=0) for draw in draws]))
     exceeding = n - np.searchsorted(largest * (1 + 1e-9), np.abs(observed - center) / spread, side="left")
     return {
         "expected": mean,
@@ -282,10 +272,11 @@ def _deal(document: Ints, rng: np.random.Generator) -> Ints:
 def expert_graph(
     pairs: pl.DataFrame, alpha: float = 0.05, min_log2_lift: float = 0.5
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(nodes, edges) of pairs chosen together more than the null allows.
+    """(nodes, edges) of pairs chosen together more than the null allows (graph of pairs as in arXiv 2409.02060).
 
-    pairs: `coactivation` with n_draws > 0. edges: its rows with p_adjusted <= alpha and log2_lift >= min_log2_lift;
-    nodes: layer, expert, n_tokens of it, degree, cluster (connected component within the layer, from 0 by size).
+    pairs: `coactivation` with n_draws > 0. edges: its rows, intervals included, with p_adjusted <= alpha and log2_lift
+    >= min_log2_lift; nodes: layer, expert, n_tokens of it, degree, cluster (connected component within the layer, from
+    0 by size).
     """
     edges = pairs.filter(pl.col("p_adjusted") <= alpha, pl.col("log2_lift") >= min_log2_lift)
     ends = [pairs.select("layer", expert=end, n=size) for end, size in (("expert", "n_expert"), ("other", "n_other"))]

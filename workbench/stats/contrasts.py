@@ -75,7 +75,8 @@ def flag_experts(
 
     flagged: p_adjusted <= alpha and |risk_difference| >= risk_floor; with `logit_floor` also logit_p_adjusted <= alpha,
     |logit_d| >= logit_floor and the same sign. Floors have no natural size: they are calibrated on planted models of
-    the model's own number of experts and k (`workbench calibrate`), never copied from another shape.
+    the model's own number of experts and k (`workbench calibrate`), never copied from another shape. Null and interval
+    are those of the contrasts.
     """
     sign = pl.col("risk_difference").sign()
     flagged = (pl.col("p_adjusted") <= alpha) & (pl.col("risk_difference").abs() >= risk_floor)

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from workbench.errors import FrameError
-from workbench.stats.index import Frame, Ints, codes, token_array
+from workbench.stats.index import Frame, Ints, check_choices, codes, token_array
 from workbench.stats.load import CONTENT_SEGMENTS
 from workbench.stats.resampling import Floats, block_jackknife, sign_flip_max_t, t_interval
 from workbench.stats.specialisation import specialisation
@@ -31,14 +31,16 @@ def expert_contribution(
     Columns layer, expert, frequency (f, share of tokens), weight (mean g where chosen), weight_share (its share of all
     routing weights, gamma), norm (mean |E_e(x)|), reap (mean g |E_e(x)|, arXiv 2510.13999), reap_low, reap_high (95%,
     delete-a-group jackknife over groups), output_share (its share of the layer's summed norms), relative (reap over the
-    layer's mean contribution per slot; 1 is the null, an expert like any other), n_slots, n_groups. Raises FrameError
-    for a run without norms.
+    layer's mean contribution per slot; 1 is the null, an expert like any other) with relative_low, relative_high by the
+    same jackknife, n_slots, n_groups. What concerns an expert that was never chosen is null. Raises FrameError for a
+    run without norms.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     schema = routing.lazy().collect_schema()
     if "expert_norms" not in schema or routing.lazy().select(pl.col("expert_norms").is_null().all()).collect().item():
         raise FrameError("routing: expected expert_norms, got none. Run the study with --norms.")
     layers, ids = token_array(kept, routing)
+    check_choices(ids, n_experts)
     weights, norms = (token_array(kept, routing, name)[1] for name in ("routing_weights", "expert_norms"))
     group = codes(kept["group_id"])
     sums = np.stack(
@@ -48,23 +50,26 @@ def expert_contribution(
         ]
     )
     _, low, high = block_jackknife(lambda units: _reap(sums[:, units]), sums.shape[1])
+    _, relative_low, relative_high = block_jackknife(lambda units: _relative(sums[:, units]), sums.shape[1])
     n, weight, norm, plain = sums.sum(1)  # [layer expert]
     reap = _reap(sums)
-    mean = norm.sum(1, keepdims=True) / np.maximum(n.sum(1, keepdims=True), 1)
     columns = {
         "frequency": n / len(kept),
         "weight": _ratio(weight, n),
-        "weight_share": weight / weight.sum(1, keepdims=True),
+        "weight_share": _ratio(weight, np.broadcast_to(weight.sum(1, keepdims=True), weight.shape)),
         "norm": _ratio(plain, n),
         "reap": reap,
         "reap_low": low,
         "reap_high": high,
-        "output_share": norm / norm.sum(1, keepdims=True),
-        "relative": reap / mean,
+        "output_share": _ratio(norm, np.broadcast_to(norm.sum(1, keepdims=True), norm.shape)),
+        "relative": _relative(sums),
+        "relative_low": relative_low,
+        "relative_high": relative_high,
         "n_slots": n.astype(np.int64),
     }
     return _layer_expert(layers, n_experts).with_columns(
-        **{name: pl.Series(values.ravel()) for name, values in columns.items()}, n_groups=pl.lit(sums.shape[1])
+        **{name: pl.Series(values.ravel(), nan_to_null=True) for name, values in columns.items()},
+        n_groups=pl.lit(sums.shape[1]),
     )
 
 
@@ -78,6 +83,12 @@ def _sums(ids: np.ndarray, values: np.ndarray, group: Ints, n_experts: int) -> F
 def _reap(sums: Floats) -> Floats:
     n, _, norm, _ = sums.sum(1)
     return _ratio(norm, n)
+
+
+def _relative(sums: Floats) -> Floats:
+    n, _, norm, _ = sums.sum(1)
+    mean = _ratio(norm.sum(1, keepdims=True), n.sum(1, keepdims=True))  # [layer 1]
+    return _ratio(_reap(sums), np.broadcast_to(mean, n.shape))
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -100,10 +111,10 @@ def attribution_summary(
 ) -> pl.DataFrame:
     """Mean direct logit attribution of every expert to every target: one row per target, layer and expert.
 
-    dla: see the module's head. Columns target, layer, expert, mean (over a unit's tokens, an expert that was not chosen
-    adding 0, then over units), when_chosen (mean over the tokens that chose it), low, high (95%, Student's t over
-    units), t, p_adjusted (sign flips, max-T over all rows), n_chosen, n_units, n_tests. Null: 0. Only the direct path:
-    what later layers make of an output is not in it.
+    dla: see the module's head; the exact linear part of a logit, as in Elhage et al. 2021. Columns target, layer,
+    expert, mean (over a unit's tokens, an expert that was not chosen adding 0, then over units), when_chosen (mean over
+    the tokens that chose it), low, high (95%, Student's t over units), t, p_adjusted (sign flips, max-T over all rows),
+    n_chosen, n_units, n_tests. Null: 0. Only the direct path: what later layers make of an output is not in it.
     """
     labels = tokens.lazy().select("doc_id", "pos", unit).collect()
     measured = dla.select("doc_id", "pos").unique().join(labels, on=["doc_id", "pos"])
@@ -121,6 +132,8 @@ def attribution_summary(
     shape = (len(cells), len(sizes))
     total, chosen, n = (full[name].to_numpy().reshape(shape).astype(np.float64) for name in ("total", "chosen", "n"))
     means = (total / n).T  # [unit cell]
+    if not len(means):
+        raise FrameError("dla: expected attributions of tokens of the frame, got none. Pass the tokens of that run.")
     low, high = t_interval(means)
     t, p_adjusted = sign_flip_max_t(means, n_resamples, seed)
     return cells.with_columns(
@@ -138,9 +151,11 @@ def super_experts(
     peaks: one row per layer and expert with peak = max |component of the expert's output| over all tokens, BOS
     included. super: peak above the `quantile` of all peaks, above `share` of the largest peak, and in the first `depth`
     of the layers (arXiv 2507.23279, whose three super experts of Qwen3-30B-A3B peak at 744, 540 and 430 against 64 for
-    the next). ratio: peak over the median of its layer. A screen without a test; being a maximum, a peak grows with the
-    text. Keep super experts out of language and mode claims and of random controls.
+    the next). ratio: peak over the median of its layer. A screen without null, test or interval; being a maximum, a
+    peak grows with the text. Keep super experts out of language and mode claims and of random controls.
     """
+    if peaks.is_empty():
+        raise FrameError("peaks: expected one per layer and expert, got none. Measure a mixture.")
     layers = peaks["layer"].unique().sort()
     early = layers.head(max(1, int(np.ceil(depth * len(layers)))))
     threshold = max(
@@ -158,8 +173,9 @@ def sink_experts(
 ) -> pl.DataFrame:
     """Which experts belong to BOS and the first tokens: `specialisation` of pos < n_first against the rest of a text.
 
-    Every segment counts. f_in near 1 and f_out near 0 is an expert of the attention sink: drop such positions from
-    comparisons (`matching.select_tokens(skip_first=)`) and look at results with and without them.
+    Null, interval and source as there: first tokens are like any; 95%, t or Welch over documents; arXiv 2409.02060, and
+    2507.23279 for sinks. Every segment counts. f_in near 1 and f_out near 0 is an expert of the attention sink: drop
+    such positions from comparisons (`matching.select_tokens(skip_first=)`) and look at results with and without them.
     """
     marked = tokens.lazy().with_columns(
         place=pl.when(pl.col("pos") < n_first).then(pl.lit("first")).otherwise(pl.lit("rest"))

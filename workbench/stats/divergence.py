@@ -99,7 +99,7 @@ def paired_divergence(
 
 
 def language_divergence(counts: pl.DataFrame, n_experts: int, n_splits: int = 40, seed: int = 0) -> pl.DataFrame:
-    """`paired_divergence` of Japanese and English in bits."""
+    """`paired_divergence` of Japanese and English in bits, with its floor (the null), interval and source."""
     return paired_divergence(counts, "lang", LANGUAGES, n_experts, n_splits=n_splits, seed=seed)
 
 
@@ -141,8 +141,9 @@ def top_overlap(
 
     Columns layer, n, between, within, gap with _low and _high, chance, n_groups. between and within as in
     `paired_divergence` (halves of different and of the same condition; within is the ceiling that sampling allows, gap
-    = within - between, null 0). Sizes of all experts and more are left out. chance: of two random
-    sets of n experts, see `chance_overlap`. Always read several n.
+    = within - between, null 0). Sizes of all experts and more are left out. chance: of two random sets of n experts,
+    see `chance_overlap`. gap_low, gap_high: 95%, jackknife over units. Always read several n. Overlap of top sets as in
+    arXiv 2601.14050; the ceiling is this project's.
     """
     units, layers, cube = unit_cube(cells, axis, values, n_experts, FREQUENCY, unit)
     frames = []

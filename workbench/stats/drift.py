@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from workbench.errors import FrameError
 from workbench.stats.dynamics import shared_experts
-from workbench.stats.index import Frame, Ints, codes, token_array
+from workbench.stats.index import Frame, Ints, check_choices, codes, token_array
 from workbench.stats.load import CONTENT_SEGMENTS
 from workbench.stats.resampling import Floats, t_interval
 
@@ -23,20 +23,27 @@ Rows = Mapping[int, NDArray[np.floating]]  # layer -> router weight [expert d_mo
 MARGIN_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def match_experts(first: Rows, second: Rows) -> pl.DataFrame:
+def match_experts(first: Rows, second: Rows, n_draws: int = 9, seed: int = 0) -> pl.DataFrame:
     """The one-to-one matching of experts with the largest summed cosine of router rows: one row per layer and expert.
 
     Columns layer, expert (of first), matched (of second), cosine (of the matched rows), own_cosine (with the expert of
-    the same number), next_cosine (the best other), same (matched is the same number). Solved exactly (Hungarian method;
-    scipy.optimize.linear_sum_assignment). Cosine, because a row's length scales its logit and not its direction. Raises
-    FrameError when layers or shapes differ.
+    the same number), next_cosine (the best other), same (matched is the same number), null_cosine. Solved exactly (Kuhn
+    1955; scipy.optimize.linear_sum_assignment). Cosine, because a row's length scales its logit and not its direction.
+    No interval: rows are parameters; `router_drift` has that of their mean. Raises FrameError when layers or shapes
+    differ.
+
+    Null: an unrelated router of the same inner geometry. null_cosine is the mean cosine over the layer's experts when
+    the second router's input axes are permuted and their signs flipped at random, which keeps all angles among its own
+    rows, and the experts are matched anew; mean over `n_draws`. A matching always finds something: compare with this.
     """
+    rng = np.random.default_rng(seed)
     if first.keys() != second.keys() or any(first[layer].shape != second[layer].shape for layer in first):
         raise FrameError("router rows: expected the same layers and shapes, got others. Compare models of one shape.")
     frames = []
     for layer in sorted(first):
         cosine = _cosine(first[layer], second[layer])  # [expert expert]
         expert, matched = linear_sum_assignment(-cosine)
+        null = [_matched_mean(first[layer], _turned(second[layer], rng)) for _ in range(n_draws)]
         others = cosine.copy()
         others[expert, matched] = -np.inf
         frames.append(
@@ -49,30 +56,55 @@ def match_experts(first: Rows, second: Rows) -> pl.DataFrame:
                     "own_cosine": cosine.diagonal(),
                     "next_cosine": others.max(1),
                     "same": expert == matched,
+                    "null_cosine": np.full(len(expert), np.mean(null) if null else np.nan),
                 }
             )
         )
-    return pl.concat(frames)
+    if not frames:
+        raise FrameError("router rows: expected some layers, got none. Compare mixtures.")
+    return pl.concat(frames).with_columns(pl.col("null_cosine").fill_nan(None))
 
 
 def _cosine(first: NDArray[np.floating], second: NDArray[np.floating]) -> Floats:
-    a, b = (rows.astype(np.float64) / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (first, second))
+    sides = (rows.astype(np.float64) for rows in (first, second))
+    a, b = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300) for rows in sides)
     return a @ b.T
 
 
+def _matched_mean(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
+    cosine = _cosine(first, second)
+    return float(cosine[linear_sum_assignment(-cosine)].mean())
+
+
+def _turned(rows: NDArray[np.floating], rng: np.random.Generator) -> Floats:
+    n = rows.shape[1]
+    return rows[:, rng.permutation(n)] * rng.choice((-1.0, 1.0), n)
+
+
 def router_drift(matches: pl.DataFrame) -> pl.DataFrame:
-    """`match_experts` per layer: columns layer, cosine (mean), least, next_cosine (mean; the null of a chance match),
-    same (share of experts that kept their number), n_experts."""
+    """`match_experts` per layer: columns layer, cosine (mean), cosine_low, cosine_high, least, next_cosine (mean),
+    null_cosine, same (share of experts that kept their number), n_experts. This project's.
+
+    Interval: 95%, Student's t over the layer's experts, as if these were draws of what training makes of experts; the
+    rows themselves are known exactly. Null: null_cosine, two unrelated routers (see `match_experts`).
+    """
+    per_layer = {
+        layer: t_interval(part["cosine"].to_numpy())
+        for (layer,), part in matches.group_by("layer", maintain_order=True)
+    }
+    ends = [pl.Series([float(per_layer[layer][end]) for layer in sorted(per_layer)]) for end in (0, 1)]  # type: ignore[type-var]
     return (
         matches.group_by("layer")
         .agg(
             pl.col("cosine").mean(),
             least=pl.col("cosine").min(),
             next_cosine=pl.col("next_cosine").mean(),
+            null_cosine=pl.col("null_cosine").first(),
             same=pl.col("same").mean(),
             n_experts=pl.len(),
         )
         .sort("layer")
+        .with_columns(cosine_low=ends[0], cosine_high=ends[1])
     )
 
 
@@ -121,6 +153,7 @@ def _aligned(
 ) -> tuple[list[int], tuple[np.ndarray, np.ndarray]]:
     """Layers and both choices [token layer k], the second in the first's numbers."""
     layers, a = token_array(kept, first)
+    check_choices(a)
     other, b = token_array(kept, second)
     if layers != other or a.shape != b.shape:
         raise FrameError(
@@ -149,7 +182,8 @@ def decompose_drift(tokens: Frame, routings: Mapping[str, Frame], **options: obj
 
     routings: "aa" and "bb" are the two checkpoints' own; "ab" the router of a on the hidden states of b, "ba" the
     reverse. Rows: part "both" (aa, bb), "router" (aa against ba: a's states, b's router), "input" (aa against ab), each
-    with the columns of `routing_drift`, whose options may be given. Experts keep their numbers.
+    with the columns, interval and null of `routing_drift`, whose options may be given. Experts keep their numbers. This
+    project's.
     """
     pairs = {"both": ("aa", "bb"), "router": ("aa", "ba"), "input": ("aa", "ab")}
     missing = {name for pair in pairs.values() for name in pair} - routings.keys()
@@ -173,12 +207,15 @@ def margin_flips(
 
     Columns layer, margin (lower edge of the bin, in logits), flips (share of tokens whose set of experts differs), low,
     high (95%, t over groups), n_tokens, n_groups. Numerical noise flips small margins only; flips at large ones
-    are a different computation. Null: 0, the runs are the same.
+    are a different computation (bfloat16 runs differ by 0.1 to 0.6 logits, arXiv 2606.03780). Null: 0, the runs are the
+    same. Tokens without a margin are left out.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     layers, (a, b) = _aligned(kept, first, second, None)
     flips = (shared_experts(a, b) < a.shape[2]).astype(np.float64)  # [token layer]
-    as_list = first.lazy().with_columns(margin=pl.concat_list(pl.col("router_margin").fill_null(np.inf)))
+    as_list = first.lazy().with_columns(
+        margin=pl.concat_list(pl.col("router_margin").fill_nan(None).fill_null(-np.inf))
+    )
     margins = token_array(kept, as_list, "margin")[1][..., 0]
     group = codes(kept["group_id"])
     rows = []
@@ -191,5 +228,6 @@ def margin_flips(
             low, high = t_interval(share)
             numbers = (float(share.mean()), float(low), float(high), int(at.sum()), len(present))
             rows.append((layer, float(edges[number]), *numbers))
-    names = ["layer", "margin", "flips", "low", "high", "n_tokens", "n_groups"]
-    return pl.DataFrame(rows, schema=names, orient="row")
+    numbers = dict.fromkeys(("margin", "flips", "low", "high"), pl.Float64)
+    schema = {"layer": pl.Int64, **numbers, "n_tokens": pl.Int64, "n_groups": pl.Int64}
+    return pl.DataFrame(rows, schema=schema, orient="row")

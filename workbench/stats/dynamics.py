@@ -34,7 +34,8 @@ def persistence(
 
     word_null answers whether the words alone explain it: over pairs of neighbouring tokens whose two token ids also
     follow each other in another group, it compares the first token's experts with those of the second token there;
-    word_overlap is the plain overlap of the same pairs. Overlap above word_null is context that persists.
+    word_overlap is the plain overlap of the same pairs. Overlap above word_null is context that persists. Nulls:
+    overlap = load_null, word_gap = 0.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
     layers, ids = token_array(kept, routing)
@@ -227,10 +228,13 @@ def token_motion(tokens: Frame, routing: Frame, n_experts: int, window: int = 16
 
     turnover = 1 - |T_t & T_t+1| / k between this token and the next. velocity = total variation between the expert use
     of the `window` tokens before this one and of the `window` tokens from it on, in [0, 1], of which sampling alone
-    makes a good part: compare places, not sizes. Both null where the document has no such tokens. All segments count.
+    makes a good part: compare places, not sizes. A series for `events`, whose averages have intervals and nulls, after
+    arXiv 2505.16056. Both null where the document has no such tokens. All segments count.
     """
     kept = tokens.lazy().sort("doc_id", "pos").collect()
     layers, ids = token_array(kept, routing)
+    if ids.size:
+        check_choices(ids, n_experts)
     n, n_layers, k = ids.shape
     turnover, velocity = np.full((n, n_layers), np.nan), np.full((n, n_layers), np.nan)
     left = _neighbours(kept)

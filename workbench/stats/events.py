@@ -80,6 +80,8 @@ def event_average(
     routing ...). Columns layer, offset (-reach .. reach), event, control, difference, low, high (95%, t over
     groups), t, p_adjusted (sign flips over groups, max-T over all layers and offsets), n_events, n_controls, n_groups,
     n_tests. Mean over a group's events first, then over groups that have both. Null: an event is like any control.
+    No row where no group has both. Event-triggered averages with controls of the same document are this project's;
+    which sentences are events follows arXiv 2506.18167.
     """
     groups = tokens.lazy().select("doc_id", "group_id").unique().collect()
     around = [_around(values, part, value, reach).join(groups, on="doc_id") for part in (events, controls)]
@@ -96,7 +98,11 @@ def event_average(
     event, control = (complete[name].to_numpy().reshape(n_groups, len(cells)) for name in ("event", "control"))
     difference = event - control
     if n_groups == 0:
-        return cells.with_columns(difference=pl.lit(None, dtype=pl.Float64))
+        numbers = ("event", "control", "difference", "low", "high", "t", "p_adjusted")
+        sizes = ("n_events", "n_controls", "n_groups", "n_tests")
+        return cells.with_columns(
+            *(pl.lit(None, pl.Float64).alias(name) for name in numbers), *(pl.lit(0).alias(name) for name in sizes)
+        )
     low, high = t_interval(difference)
     t, p_adjusted = sign_flip_max_t(difference, n_resamples, seed)
     return cells.with_columns(
@@ -129,7 +135,8 @@ def timeline(
 
     Every run of a segment is cut into n_bins equal parts, so that answers of different lengths lie over each other (bin
     0 holds the first tenth); runs shorter than n_bins tokens are left out. Mean over a group's tokens, then over
-    groups, 95% by Student's t over groups; n_groups, n_tokens. A description: neighbouring bins hold different words.
+    groups, 95% by Student's t over groups; n_groups, n_tokens. No null: neighbouring bins hold different words, so this
+    is a description (this project's; the traces of arXiv 2505.16056 and others are of single answers).
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     size = pl.len().over("doc_id", "segment_index")

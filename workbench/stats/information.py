@@ -57,7 +57,7 @@ def decompose_routing(
     shuffles factor j among tokens alike in them (for later factors p is approximate: read the interval); the rest as in
     `mutual_information`. Order matters: what two factors share goes to the first, so put token identity first and ask
     what the others add (design of arXiv 2604.17182, in bits). residual = H(expert) - sum of excesses: what the factors
-    leave open, context and noise.
+    leave open, context and noise. Null: a factor adds nothing, excess 0.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     layers, ids = token_array(kept, routing)
@@ -85,7 +85,7 @@ def decompose_routing(
         "excess": excess,
         "low": low - center + excess,
         "high": high - center + excess,
-        "share": excess / np.maximum(entropy, 1e-12),
+        "share": _share(excess, entropy),
         "p": (1 + (chance >= bits[:, None] - 1e-12).sum(1)) / (n_shuffles + 1),
     }
     frame = pl.DataFrame(
@@ -97,13 +97,19 @@ def decompose_routing(
         }
     )
     rest = entropy - excess.sum(0)
-    residual = pl.DataFrame({"layer": layers, "factor": "residual", "bits": rest, "share": rest / entropy})
+    residual = pl.DataFrame({"layer": layers, "factor": "residual", "bits": rest, "share": _share(rest, entropy)})
     return pl.concat([frame, residual], how="diagonal").with_columns(
+        pl.col("share").fill_nan(None),
         entropy=pl.Series(np.tile(entropy, len(factors) + 1)),
         n_units=pl.lit(n_units),
         n_tokens=pl.lit(len(kept)),
         n_tests=pl.lit(len(layers) * len(factors)),
     )
+
+
+def _share(part: Floats, entropy: Floats) -> Floats:  # [... layer], [layer]; NaN where all tokens go the same way
+    entropy = np.broadcast_to(entropy, part.shape)
+    return np.divide(part, entropy, out=np.full(part.shape, np.nan), where=entropy > 1e-12)
 
 
 def _excess(bits: Floats, chance: Floats) -> Floats:

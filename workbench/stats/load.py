@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from workbench.axes import SEGMENTS
-from workbench.stats.index import Frame, Ints, id_matrix, locate, unit_index
+from workbench.stats.index import Frame, Ints, check_experts, id_matrix, locate, unit_index
 
 PART = 1_000_000  # routing rows counted at once
 
@@ -71,8 +71,10 @@ def expert_load(counts: pl.DataFrame, by: Sequence[str], n_experts: int) -> pl.D
 
     load[layer, expert] = slots / sum of slots over experts, so it sums to 1 and 1/E is uniform (OLMoE, arXiv
     2409.02060, section 5; here divided by k). log2_ratio = log2(load E): 0 uniform, +1 twice, -1 half; null where the
-    expert got nothing. Tokens weigh equally: this describes the traffic. Contrasts weigh documents equally instead.
+    expert got nothing. Null 1/E; the interval is that of `balance.load_interval`. Tokens weigh equally: this describes
+    the traffic. Contrasts weigh documents equally instead.
     """
+    check_experts(counts["expert"].max(), n_experts)  # type: ignore[arg-type]
     keys = list(by)
     cells = counts.select(*keys, "layer").unique()
     every = cells.join(pl.DataFrame({"expert": range(n_experts)}), how="cross")
@@ -92,7 +94,8 @@ def load_balance(load: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
 
     entropy = -sum q ln q / ln E in [0, 1] (1 is uniform); effective_experts = exp(-sum q ln q) in [1, E], the number of
     equally used experts with the same entropy; max_ratio = E max q; n_idle = experts with no slot at all. From few
-    slots the entropy is too low by about (E - 1) / (2 slots) nats (Miller 1955): compare equal amounts of text.
+    slots the entropy is too low by about (E - 1) / (2 slots) nats (Miller 1955): compare equal amounts of text, or
+    read `balance.balance`, which has the null and the interval.
     Never pooled over layers, where imbalances cancel.
     """
     q = pl.col("load")
@@ -130,6 +133,7 @@ def unit_cube(
 
     Only units that have rows for every one of `values` are kept, sorted by id; layers are all those of `cells`.
     """
+    check_experts(cells["expert"].max(), n_experts)  # type: ignore[arg-type]
     layers = cells["layer"].unique().sort().to_list()
     present = cells.select(unit, axis).unique().filter(pl.col(axis).is_in(list(values)))
     paired = present.group_by(unit).len().filter(pl.col("len") == len(values)).sort(unit)

@@ -1,8 +1,8 @@
 """What a change costs each language, paired by item, beside what matched controls cost.
 
 An item is compared with itself without the change. Items that share a fact are one unit: intervals and tests are over
-facts and not items (arXiv 2411.00640). Tasks that exist in both languages count alike, so that neither language is measured on
-an easier mix.
+facts and not items (arXiv 2411.00640). Tasks that exist in both languages count alike, so that neither language is
+measured on an easier mix.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def language_losses(losses: pl.DataFrame, metric: str) -> pl.DataFrame:
     """One row per condition: what it costs Japanese, English, and the one more than the other.
 
     losses: from `item_losses`. loss_ja, loss_en: means over items, then over families that both languages have;
-    selectivity = loss_ja - loss_en, in the metric's unit. Each with its 95% interval _low, _high: jackknife over groups,
-    Student's t with the degrees of freedom that the error has (`resampling.half_width`). p_selectivity: of no
-    difference, two-sided, from the same t, so that it is at most 0.05 where the interval leaves out 0 and nowhere else;
-    not adjusted for the number of conditions. With one language alone the other's columns and selectivity are null, as
-    are intervals that rest on one group. n_items_ja, n_items_en, n_groups: what was counted.
+    selectivity = loss_ja - loss_en, in the metric's unit (items paired and clustered as in arXiv 2411.00640). Each with
+    its 95% interval _low, _high: jackknife over groups, Student's t with the degrees of freedom that the error has
+    (`resampling.half_width`). p_selectivity: of no difference, two-sided, from the same t, so that it is at most 0.05
+    where the interval leaves out 0 and nowhere else; not adjusted for the number of conditions. With one language alone
+    the other's columns and selectivity are null, as are intervals that rest on one group. n_items_ja, n_items_en,
+    n_groups: what was counted.
     """
     cube = _cube(losses, metric)
     if not cube.conditions:
@@ -102,7 +103,8 @@ def judge(
     for all `n_tests` targets. p_items: whether the target costs the languages differently at all, adjusted for all
     targets: sign flips of the groups' pseudo-values, max-T (Westfall & Young 1993), and never below p_selectivity, so
     that a target with a p_items of at most 0.05 has an interval of selectivity without 0. A target is selective when
-    both say so; p_items alone only says that the languages differ, not that this target is special.
+    both say so; p_items alone only says that the languages differ, not that this target is special. Nulls: a target is
+    one more control; it costs both languages alike.
     """
     targets = [name for name in summary["condition"] if name in controls]
     values = dict(zip(summary["condition"], summary["selectivity"], strict=True))

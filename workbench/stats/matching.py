@@ -130,9 +130,9 @@ def fertility(
     """How many tokens each condition needs for the same content: one row about the pair.
 
     Columns first, second (mean tokens per unit), ratio (geometric mean over units of first / second), low, high (95%,
-    Student's t of its logarithm), chars_per_token_first, chars_per_token_second, n_groups. A tokenizer that cuts
-    Japanese finer gives it more, and more repetitive, tokens: contrasts weigh units and not tokens for that reason.
-    Raises FrameError when no unit has both.
+    Student's t of its logarithm; null 1; as in arXiv 2305.15425), chars_per_token_first, chars_per_token_second,
+    n_groups. A tokenizer that cuts Japanese finer gives it more, and more repetitive, tokens: contrasts weigh units and
+    not tokens for that reason. Raises FrameError when no unit has both.
     """
     kept = select_tokens(tokens, segments).filter(pl.col(axis).is_in(list(values)))
     sizes = kept.group_by(unit, axis).agg(n=pl.len(), chars=pl.col("token").str.strip_chars().str.len_chars().sum())

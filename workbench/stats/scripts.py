@@ -19,11 +19,11 @@ def language_and_script(counts: pl.DataFrame, n_experts: int) -> pl.DataFrame:
     """The two main effects of the two by two design on every expert's selection frequency: one row per layer, expert.
 
     counts: `load.slot_counts` by [group_id, "writing"], writing being "ja std", "ja romaji", "en kana" or "en std".
-    With f the share of a group's tokens that chose the expert, language = (f_ja std + f_ja romaji - f_en kana -
-    f_en std) / 2 and script = (f_ja std + f_en kana - f_ja romaji - f_en std) / 2, both in [-1, 1], means over groups
-    with 95% intervals by Student's t: language, language_low, language_high, script, script_low, script_high, and
-    n_groups, n_tests. Null: 0. Tokenizers cut the transcriptions finer, so that they also differ in words: an effect of
-    script may be one of vocabulary. Raises FrameError when no group has all four.
+    With f the share of a group's tokens that chose the expert, language = (f_ja std + f_ja romaji - f_en kana - f_en
+    std) / 2 and script = (f_ja std + f_en kana - f_ja romaji - f_en std) / 2, both in [-1, 1], means over groups with
+    95% intervals by Student's t: language, language_low, language_high, script, script_low, script_high, and n_groups,
+    n_tests. Null: 0. A 2 x 2 design of this project's. Tokenizers cut the transcriptions finer, so that they also
+    differ in words: an effect of script may be one of vocabulary. Raises FrameError when no group has all four.
     """
     groups, layers, f = frequency_cube(counts, "writing", list(SIGNS), n_experts)  # [writing group layer expert]
     if not groups:

@@ -23,7 +23,7 @@ def layer_means(
 
     `value` is router_entropy (nats, 0 to ln E; entropy of the full softmax, not of the k weights) or router_margin
     (logits; k-th minus (k+1)-th, the smallest push that changes the choice). Mean over tokens within a group, then over
-    groups, with a 95% interval over groups. `by` are columns of the tokens frame.
+    groups, with a 95% interval over groups. No null: a description. `by` are columns of the tokens frame.
     """
     keys = list(by)
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).select("doc_id", "pos", "group_id", *keys)
@@ -43,7 +43,8 @@ def segment_lengths(tokens: Frame, segments: Sequence[str] = CHANNELS) -> pl.Dat
     """Tokens the model wrote per channel: columns lang, effort, segment, mean, low, high, n_groups.
 
     Counts decoded tokens of each segment per document, channel names and other scaffolding left out; a document without
-    the channel counts 0. Mean over a group's documents, then over groups; 95% interval over groups.
+    the channel counts 0. Mean over a group's documents, then over groups; 95% interval over groups. No null: a
+    description.
     """
     keys = ["lang", "effort", "segment"]
     written = (

@@ -38,7 +38,8 @@ def discover_and_validate(
     counts: slots by [group_id, axis]; splits: columns group_id, split. One row per expert flagged on discovery (see
     `flag_experts`): layer, expert, discovery_difference, risk_difference, low, high, t, p_adjusted (validation groups;
     max-T over the flagged experts only), replicated, n_groups, n_tests. replicated: p_adjusted <= alpha and the same
-    sign. Null: as `paired_contrasts`, on groups that had no part in choosing.
+    sign. low, high: 95%, Student's t over the validation groups. Null: as `paired_contrasts`, on groups that had no
+    part in choosing (sample splitting, Cox 1975).
 
     logits (`logits.logit_cells` by [group_id, axis]) and logit_floor: floors are calibrated as a pair, so a risk_floor
     of 0 says little without them. They take part in choosing; what is tested on validation is the share.
@@ -89,16 +90,19 @@ def split_half_reliability(
     """How alike two random halves of the groups rank the experts of a layer: one row per layer.
 
     Columns layer, spearman (mean rank correlation of the risk differences over splits), spearman_low, spearman_high
-    (2.5% and 97.5% of the splits, which overlap, so no confidence interval), reliability (Spearman-Brown: of all
-    groups together), top_overlap (Jaccard of the `top` largest |RD|), chance (of that), n_groups. Null: 0, and chance.
+    (2.5% and 97.5% of the splits, which overlap, so no confidence interval), reliability (Spearman-Brown: of all groups
+    together), top_overlap (Jaccard of the `top` largest |RD|), chance (of that), n_groups. Null: 0, and chance.
+    Spearman 1910, Brown 1910. NaN for fewer than 4 groups.
     """
     groups, layers, cube = frequency_cube(counts, axis, values, n_experts)
     differences = cube[0] - cube[1]  # [group layer expert]
     halves = random_halves(len(groups), n_splits, seed) if len(groups) >= 4 else np.full((2, 1, len(groups)), np.nan)
     first, second = (np.tensordot(half, differences, axes=1) for half in halves)  # [split layer expert]
-    rho = _spearman(first, second)
+    enough = len(groups) >= 4
+    rho = _spearman(first, second) if enough else np.full(first.shape[:2], np.nan)
     size = min(top, n_experts)
     mean = rho.mean(0)
+    alike = _top_jaccard(np.abs(first), np.abs(second), size).mean(0) if enough else np.full(len(layers), np.nan)
     return pl.DataFrame(
         {
             "layer": layers,
@@ -106,7 +110,7 @@ def split_half_reliability(
             "spearman_low": np.quantile(rho, 0.025, axis=0),
             "spearman_high": np.quantile(rho, 0.975, axis=0),
             "reliability": 2 * mean / (1 + mean),
-            "top_overlap": _top_jaccard(np.abs(first), np.abs(second), size).mean(0),
+            "top_overlap": alike,
             "chance": np.full(len(layers), chance_overlap(size, n_experts)["jaccard"]),
             "n_groups": np.full(len(layers), len(groups)),
         }
@@ -129,7 +133,9 @@ def selection_stability(
     Stability selection (Meinshausen & Buhlmann 2010, doi 10.1111/j.1467-9868.2010.00740.x) with the rule |mean risk
     difference| >= floor and the sign of all groups together. With `logits` (`logits.logit_cells` by [group_id, axis])
     the centred router logit must also differ by logit_floor of its standard deviations over tokens, in the same sense.
-    Keep experts of at least 0.8. Raises FrameError for floors of 0: about any half then has the sign of the whole.
+    Keep experts of at least 0.8, which is the bound on false selections; a share of subsamples of one set of groups has
+    no interval of its own. Null for fewer than 2 groups. Null hypothesis: a difference around 0, whose sign alone any
+    half shares half of the time. Raises FrameError for floors of 0: about any half then has the sign of the whole.
     """
     if risk_floor <= 0 and (logits is None or logit_floor <= 0):
         raise FrameError(
@@ -150,12 +156,12 @@ def selection_stability(
                 "Pass cells of the same tokens."
             )
         passes &= np.tensordot(halves, difference, axes=1) / spread * sign >= logit_floor
-    passed = passes.mean(0)
+    passed = passes.mean(0) if len(groups) > 1 else np.full(passes.shape[1:], np.nan)
     return pl.DataFrame(
         {
             "layer": np.repeat(np.array(layers, dtype=np.int64), n_experts),
             "expert": np.tile(np.arange(n_experts), len(layers)),
-            "stability": passed.ravel(),
+            "stability": pl.Series(passed.ravel(), nan_to_null=True),
             "n_groups": np.full(passed.size, len(groups)),
         }
     )
