@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from batches import prompt_tokens
 from generator import relations
-from generator.arithmetic import draw
+from generator.arithmetic import draw, every_held_out
 from generator.conversations import TASKS, Conversation, conversation, conversation_held_out, thinking
-from generator.parallel import EFFORTS, LANGUAGES, seeded
+from generator.parallel import EFFORTS, LANGUAGES, Problem, seeded
 from progress import channel_texts, complete, worked_correct
 
 from workbench.models import Llama
 
 EVAL_SEED = 7  # training uses another seed
 N_PER_CELL = 40
+EVERY = every_held_out()  # sums and differences, of which there are few enough
 OPERAND_TASKS = tuple(task for task in TASKS if task not in ("fact", "small_talk", "telling"))
 JAPANESE = re.compile(r"[ぁ-んァ-ヴ一-龥]")
 
@@ -41,26 +42,41 @@ def held_out_fact_talks(lang: str, effort: str) -> Iterator[Conversation]:
     for relation in relations.RELATIONS:
         for row in range(len(relation.rows)):
             problem = relations.fact_problem(relation, row)
-            for phrasing, question in enumerate(problem.questions[lang]):
+            for phrasing in range(len(problem.questions[lang])):
                 if conversation_held_out(problem, phrasing, effort, lang):
-                    yield Conversation(
-                        task=relation.name,
-                        key=problem.key,
-                        lang=lang,
-                        effort=effort,
-                        date="2026-06-01",
-                        developer=None,
-                        history=(),
-                        user=question,
-                        analysis=thinking(problem, lang, effort),
-                        final=problem.answer[lang],
-                    )
+                    yield asked(problem, phrasing, lang, effort, task=relation.name)
+
+
+def asked(problem: Problem, phrasing: int, lang: str, effort: str, task: str) -> Conversation:
+    """One question in one of its wordings, without anything before it."""
+    return Conversation(
+        task=task,
+        key=problem.key,
+        lang=lang,
+        effort=effort,
+        date="2026-06-01",
+        developer=None,
+        history=(),
+        user=problem.questions[lang][phrasing],
+        analysis=thinking(problem, lang, effort),
+        final=problem.answer[lang],
+    )
 
 
 def held_out_talks(lang: str, effort: str) -> list[Conversation]:
-    """The held-out questions of one cell: all facts, and a fixed number for every other task."""
+    """The held-out questions of one cell: all facts, sums and differences, and a fixed number for every other task.
+
+    Wordings of sums and differences take turns; those of other tasks are drawn.
+    """
     talks = list(held_out_fact_talks(lang, effort))
+    for task, problems in EVERY.items():
+        talks += [
+            asked(problem, place % len(problem.questions[lang]), lang, effort, task)
+            for place, problem in enumerate(problems)
+        ]
     for task in OPERAND_TASKS:
+        if task in EVERY:
+            continue
         talks += [conversation(EVAL_SEED, i, True, task, lang, effort, plain=True) for i in range(N_PER_CELL)]
     return talks
 
@@ -127,7 +143,7 @@ def chat_figures(model: Llama) -> dict[str, object]:
 def problem_accuracy(model: Llama, task: str, lang: str) -> float:
     """Share of held-out problems that a base model works out in the form of its documents."""
     rng = seeded("base", task, lang)
-    problems = [draw(TASKS[task][1], rng, held_out=True) for _ in range(N_PER_CELL)]
+    problems = EVERY.get(task) or [draw(TASKS[task][1], rng, held_out=True) for _ in range(N_PER_CELL)]
     return share(worked_correct(model, problems, lang))
 
 

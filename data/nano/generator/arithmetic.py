@@ -126,6 +126,12 @@ def draw_equation(rng: Random, held_out: bool) -> str:
     return f"{a} + {b} = {a + b}" if rng.random() < 0.5 else f"{a + b} - {b} = {a}"
 
 
+def every_held_out() -> dict[str, list[Problem]]:
+    """All held-out problems of two numbers, by task."""
+    pairs = [(a, total - a) for total in range(LIMIT) for a in range(total + 1) if pair_held_out(a, total - a)]
+    return {"addition": [addition(a, b) for a, b in pairs], "subtraction": [subtraction(a + b, b) for a, b in pairs]}
+
+
 def draw_addition(rng: Random) -> Problem:
     return addition(*draw_addends(rng))
 
