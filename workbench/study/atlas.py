@@ -168,7 +168,8 @@ def _prefers(rows: Sequence[dict], stability: Sequence[dict], judged: bool) -> s
         return f"not judged: no calibrated floors for this run ({numbers})"
     if not row["flagged"]:
         return f"no language beyond the floors ({numbers})"
-    kept = f"; beyond the floors in {stability[0]['stability']:.0%} of half samples" if stability else ""
+    share = stability[0]["stability"] if stability else None
+    kept = f"; beyond the floors in {share:.0%} of half samples" if known(share) else ""
     return f"{NAMES['ja' if row['side'] > 0 else 'en']} ({numbers}){kept}"
 
 

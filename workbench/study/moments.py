@@ -37,11 +37,9 @@ def event_frames(run: Run, tokens: pl.DataFrame) -> Frames:
             reach = fitting_reach(mean, tokens, events, controls, value)
             for name, frame in (("events", known), ("events_mean", mean)):
                 average = event_average(frame, tokens, events, controls, value, reach, seed=run.seed)
-                if "n_groups" in average.columns:  # some group has both sides
-                    found[name].append(
-                        average.select(pl.lit(turn).alias("turn"), pl.lit(value).alias("value"), pl.all())
-                    )
-    return {name: pl.concat(frames) for name, frames in found.items() if frames}
+                found[name].append(average.select(pl.lit(turn).alias("turn"), pl.lit(value).alias("value"), pl.all()))
+    frames = {name: pl.concat(parts) for name, parts in found.items()}
+    return {} if frames["events"].is_empty() else frames
 
 
 def fitting_reach(
@@ -51,7 +49,7 @@ def fitting_reach(
     sizes = {}
     for reach in range(REACH + 1):
         average = event_average(values, tokens, events, controls, value, reach, n_resamples=1)
-        sizes[reach] = average["n_groups"][0] if "n_groups" in average.columns else 0
+        sizes[reach] = 0 if average.is_empty() else average["n_groups"][0]
     return max(reach for reach, n in sizes.items() if n >= MOST * sizes[0])
 
 
