@@ -56,7 +56,8 @@ def _families(table: pl.DataFrame, by: Sequence[str]) -> list[pl.DataFrame]:
 
 
 def _adjusted(table: pl.DataFrame) -> pl.DataFrame:
-    columns, n_tests = {}, 0
+    columns: dict[str, Floats] = {}
+    n_tests = 0
     for outcome, name in OUTCOMES.items():
         lists = [np.array(values, dtype=np.float64) for values in table[outcome].to_list()]  # null as NaN
         effects = np.stack(lists) if lists else np.zeros((0, 1))  # [row draw]

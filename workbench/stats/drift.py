@@ -92,7 +92,7 @@ def router_drift(matches: pl.DataFrame) -> pl.DataFrame:
         layer: t_interval(part["cosine"].to_numpy())
         for (layer,), part in matches.group_by("layer", maintain_order=True)
     }
-    ends = [pl.Series([float(per_layer[layer][end]) for layer in sorted(per_layer)]) for end in (0, 1)]  # type: ignore[type-var]
+    ends = [pl.Series([float(per_layer[layer][end]) for layer in sorted(per_layer)]) for end in (0, 1)]
     return (
         matches.group_by("layer")
         .agg(
@@ -228,6 +228,6 @@ def margin_flips(
             low, high = t_interval(share)
             numbers = (float(share.mean()), float(low), float(high), int(at.sum()), len(present))
             rows.append((layer, float(edges[number]), *numbers))
-    numbers = dict.fromkeys(("margin", "flips", "low", "high"), pl.Float64)
-    schema = {"layer": pl.Int64, **numbers, "n_tokens": pl.Int64, "n_groups": pl.Int64}
+    floats = dict.fromkeys(("margin", "flips", "low", "high"), pl.Float64)
+    schema = {"layer": pl.Int64, **floats, "n_tokens": pl.Int64, "n_groups": pl.Int64}
     return pl.DataFrame(rows, schema=schema, orient="row")

@@ -156,7 +156,7 @@ def pair_jackknife(
 
 def _around(estimate: Floats, left_out: Sequence[Floats] | Floats) -> tuple[Floats, Floats]:
     """estimate +- the half-width of its pseudo-values, up to a constant: (1 - n) times the estimates with one out."""
-    around = half_width((1 - len(left_out)) * np.stack(left_out).astype(np.float64))
+    around = half_width((1 - len(left_out)) * np.asarray(left_out, dtype=np.float64))
     return estimate - around, estimate + around
 
 

@@ -19,8 +19,9 @@ INTERVAL = re.compile(r"95%|interval|jackknife|Student's t")
 # Frames that are no measure: counts, cells and choices of tokens that measures start from, labels put on measures, and
 # the judging of the pipeline itself (docs/calibration.md).
 HELPERS = {
-    "load.slot_counts", "logits.logit_cells", "events.channel_changes", "events.sentence_starts", "dynamics.token_motion",
-    "matching.select_tokens", "matching.at_one_effort", "matching.match_tokens", "matching.with_position_bin",
+    "load.slot_counts", "logits.logit_cells", "events.channel_changes", "events.sentence_starts",
+    "dynamics.token_motion", "matching.select_tokens", "matching.at_one_effort", "matching.match_tokens",
+    "matching.with_position_bin",
     "matching.match_length", "matching.matching_summary", "losses.item_losses", "contrasts.flag_experts",
     "contrasts.language_contrasts", "divergence.language_divergence", "summaries.segment_lengths",
     "summaries.group_means", "ratios.time_ratios", "index.unit_index",

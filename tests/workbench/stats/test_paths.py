@@ -19,7 +19,8 @@ def test_paths_by_hand() -> None:
     table, about = paths(tokens, routing, unit="doc_id")
     assert table.row(0, named=True) == {
         "path": "0-1", "n_tokens": 2, "share": 0.5, "n_docs": 2, "expected_share": pytest.approx(0.5),
-        "log2_lift": pytest.approx(0),
+        "log2_lift": pytest.approx(0), "share_low": None, "share_high": None, "log2_lift_low": None,
+        "log2_lift_high": None,  # two documents
     }  # fmt: skip
     assert about["path_entropy"].item() == pytest.approx(1.5)
     assert about["markov_entropy"].item() == pytest.approx(1.5)  # two layers are a Markov chain always
