@@ -4,12 +4,15 @@
 
 Greedy, float32, one thread, the same prompts, no stop ids, and every run must write the same tokens. Plain generation
 is compared with transformers' `generate` under both of its caches, the faster of which counts. With capture, all
-record router logits (dense: the residual stream) of every layer at every token. Ratios are of medians of CPU time.
+record router logits (dense: the residual stream) of every layer at every token. Every turn has another order, since a
+run pays for what the one before left behind. Times are medians of CPU time, ratios medians of the turns' ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import random
 import statistics
 import sys
 import tempfile
@@ -159,22 +162,23 @@ def nnsight_run(path: Path, tokens: Tensor, n_new: int, is_moe: bool, n_layers: 
 
 def measure(runs: dict[str, Run], n: int) -> dict[str, list[float]]:
     expected, times = None, {name: [] for name in runs}  # type: ignore[var-annotated]
+    shuffled = random.Random(0)
     for turn in range(n + 1):  # the first warms up
-        for name, run in runs.items():
+        for name, run in shuffled.sample(list(runs.items()), len(runs)):
+            gc.collect()
             start = time.process_time()
             written = run()
             times[name].append(time.process_time() - start)
             expected = written if expected is None else expected
             if turn == 0 and not torch.equal(written.cpu(), expected.cpu()):
-                sys.exit(f"{name}: expected the tokens of {next(iter(runs))}, got others")
+                sys.exit(f"{name}: expected the tokens of every other run, got others")
     return {name: spent[1:] for name, spent in times.items()}
 
 
 def report(times: dict[str, list[float]], base: str) -> None:
-    reference = statistics.median(times[base])
     for name, spent in times.items():
-        middle = statistics.median(spent)
-        print(f"  {name:<30} {middle * 1e3:>9.1f} ms  {middle / reference:>6.3f} x")
+        ratio = statistics.median(one / other for one, other in zip(spent, times[base], strict=True))
+        print(f"  {name:<30} {statistics.median(spent) * 1e3:>9.1f} ms  {ratio:>6.3f} x", flush=True)
 
 
 if __name__ == "__main__":

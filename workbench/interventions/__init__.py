@@ -14,6 +14,7 @@ from workbench.interventions.activations import (
     SetActivation,
 )
 from workbench.interventions.base import Intervention
+from workbench.interventions.buffers import KernelBuffers
 from workbench.interventions.experts import ForceExperts, KnockOut, Reweight, ScaleExperts, SetExpertOutput
 from workbench.interventions.files import from_json, load_interventions, save_interventions, to_json
 from workbench.interventions.routing import BiasRouter, FreezeRouting, SteerRouter, SwapRouting
@@ -27,6 +28,7 @@ __all__ = [
     "FreezeRouting",
     "Intervention",
     "Interventions",
+    "KernelBuffers",
     "KnockOut",
     "PatchActivations",
     "PerRow",

@@ -167,8 +167,13 @@ def _points(mlp: Any) -> dict[str, HookPoint]:
     return {leaf: getattr(mlp, f"hook_{leaf}") for leaf in PLANNED}
 
 
+def is_intervention(fn: Any) -> bool:
+    """Whether what listens at a hook point was put there by an intervention."""
+    return isinstance(fn, Lowered | _Ids)
+
+
 def _others(point: HookPoint) -> list[Any]:
-    return [fn for fn in point.fwd_hooks if not isinstance(fn, Lowered | _Ids)]
+    return [fn for fn in point.fwd_hooks if not is_intervention(fn)]
 
 
 def _heard(point: HookPoint) -> bool:

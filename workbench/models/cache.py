@@ -99,6 +99,9 @@ class CacheRows(KVCache):
             return None
         return torch.tensor([[cache is not None] for cache in self.caches], device=device)
 
+    def mask(self) -> Tensor | None:
+        return None
+
     def admit(self, batch: int, n_pos: int, valid: Tensor | None) -> None:
         if (batch, n_pos) != (self.batch, 1) or valid is not None:
             raise ShapeError(
@@ -118,6 +121,53 @@ class CacheRows(KVCache):
         for cache in self.caches:
             if cache is not None:
                 cache.advance(n_pos)
+
+
+class FixedCache(KVCache):
+    """Takes over a filled static cache for steps of one position that all are the same step to the device.
+
+    Where the next position goes is a number on the device, and attention goes over the whole room under a mask.
+    kept: bool [batch 1], to be written before each step; False where its token is padding. What counts steps on the
+    host, `n_seen`, is for the caller to move on.
+    """
+
+    def __init__(self, filled: KVCache) -> None:
+        n_seen, device = filled.n_seen, filled.valid.device
+        self.batch, self.n_ctx, self.n_seen, self.padded = filled.batch, filled.n_ctx, n_seen, True
+        self.keys, self.values = filled.keys, filled.values
+        for held in (*self.keys, *self.values):
+            held[:, :, n_seen:] = 0  # what is masked must be a number all the same
+        self.columns = torch.arange(self.n_ctx, device=device)
+        self.valid = filled.valid & (self.columns < n_seen)  # [batch n_ctx]
+        self.place = torch.full((1,), n_seen, device=device)
+        self.held = self.valid.sum(1, keepdim=True)  # int64 [batch 1], tokens of each row
+        self.kept = torch.ones(self.batch, 1, dtype=torch.bool, device=device)
+
+    def positions(self, device: torch.device) -> Tensor:  # int64 [batch 1]
+        return (self.held - 1).clamp(min=0)
+
+    def real(self, device: torch.device) -> Tensor | None:  # bool [batch 1]
+        return self.kept
+
+    def mask(self) -> Tensor:  # bool [batch 1 1 n_ctx]; a padded query sees itself, as in `attend_mask`
+        return (self.valid | (self.columns == self.place))[:, None, None]
+
+    def admit(self, batch: int, n_pos: int, valid: Tensor | None) -> None:
+        if (batch, n_pos) != (self.batch, 1) or valid is not None or self.n_seen == self.n_ctx:
+            raise ShapeError(
+                f"cache: expected one position of {self.batch} rows in a room of {self.n_ctx}, got {n_pos} of {batch} "
+                f"after {self.n_seen}. Say in `kept` what is padding."
+            )
+        self.valid.index_copy_(1, self.place, self.kept)
+        self.held += self.kept
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        for held, new in ((self.keys[layer], k), (self.values[layer], v)):
+            held.index_copy_(2, self.place, new.transpose(1, 2))
+        return self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2)
+
+    def advance(self, n_pos: int) -> None:
+        self.place += n_pos
 
 
 class Prefix(KVCache):

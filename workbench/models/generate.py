@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from workbench.errors import ShapeError
+from workbench.models.fixed import FixedPasses, check_decode
 from workbench.models.layers import check_mask, check_tokens
+from workbench.models.passes import Passes
 from workbench.models.recording import Record, Recorder
 from workbench.models.rows import Rows
 from workbench.models.sampling import Sampler, Sampling
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
     from workbench.interventions import Intervention
     from workbench.interventions.session import Attachable
-    from workbench.models.cache import KVCache
     from workbench.models.llama import Llama
 
 OnText = Callable[[int, str], object]
@@ -36,6 +37,7 @@ class Generation:
     `tokens` [batch pos] holds the prompt as given and then what was written; after a row ended it is filled with the
     pad id. `attention_mask` [batch pos] is 0 at padding on either side. `n_prompt` is where continuations start.
     `stopped` tells for each row what ended it: "stop_id", "stop_string" or "length". `record` is what was recorded.
+    `decode` is how decoding ran, as it was asked for.
     """
 
     tokens: Tensor
@@ -45,6 +47,7 @@ class Generation:
     record: Record = field(default_factory=Record)
     tokenizer: Any = None
     stop_strings: tuple[str, ...] = ()
+    decode: str = "plain"
 
     def continuations(self) -> list[list[int]]:
         """The ids written for each row, its stop token included, padding removed."""
@@ -96,6 +99,7 @@ def generate(
     max_thinking_tokens: int | None = None,
     pad_id: int = 4,
     cache: str = "growing",
+    decode: str = "plain",
     prefill_chunk: int | None = None,
     record: Sequence[str] = (),
     record_to: str | Path | None = None,
@@ -112,6 +116,8 @@ def generate(
         max_thinking_tokens: after so many tokens in the analysis channel the ids that close it and open the final
             channel are written for the model.
         cache: "growing" doubles as it fills; "static" allocates prompt and continuation at once.
+        decode: "plain" runs a pass of its own for every token; "buffers" one step over buffers that never move, with a
+            static cache; "graph" captures that step in a CUDA graph and replays it (see `workbench.models.fixed`).
         prefill_chunk: at most so many columns of the prompt in one pass; bounds the memory of a long one.
         record: "routing" and names of hook points (full, or short such as "resid_post" for every layer), recorded at
             every token, the last one included. With `record_to` they go to files in that folder as they come.
@@ -119,7 +125,8 @@ def generate(
         interventions: act on every pass, on the prompt and on what is written.
 
     Raises ShapeError for values out of range, when the prompt is padded on the right or leaves no room for a new
-    token; ConfigError when a text is asked for without a tokenizer; HookError for names that do not exist.
+    token; ConfigError when a text is asked for without a tokenizer or `decode` cannot go that way; HookError for names
+    that do not exist, and for hooks that a graph would not call.
     """
     check_tokens(tokens, model.cfg)
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
@@ -129,6 +136,7 @@ def generate(
     recorder = Recorder(model, record, record_to) if record else None
     with ExitStack() as stack:
         stack.enter_context(model.intervene(interventions))
+        check_decode(model, decode, cache)
         stack.enter_context(_prompt_lengths(model, mask.sum(1).tolist()))
         # hooks of the caller may keep tensors and take gradients through them later; without any, nobody can
         listened = any(point.listened for point in model.hook_dict.values())
@@ -136,49 +144,21 @@ def generate(
         if recorder is not None:
             stack.enter_context(recorder.listening())
         room = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens, growing=cache == "growing")
-        passes = _Passes(model, room, recorder)
+        plain = decode == "plain"
+        passes = Passes(model, room, recorder) if plain else FixedPasses(model, room, recorder, decode == "graph")
         sampler.see(tokens.cpu(), mask.bool().cpu(), model.cfg.d_vocab, written=False)
-        last = passes.prefill(tokens, attention_mask, prefill_chunk or tokens.shape[1])
+        passes.prefill(tokens, attention_mask, prefill_chunk or tokens.shape[1])
         for step in range(max_new_tokens):
-            chosen = rows.take(sampler.choose(passes.logits(last)))  # [batch]
+            chosen = rows.take(sampler.choose(passes.logits()))  # [batch]
             ended = not rows.running_any or step + 1 == max_new_tokens
             if ended and recorder is None:
                 break
             # a row that ended before this token still takes part, so that the batch keeps its shape, but as padding
-            last = passes.decode(chosen[:, None], rows.last_kept)
+            passes.decode(chosen[:, None], rows.last_kept)
             if ended:
                 break
             sampler.see(chosen[:, None], rows.last_kept[:, None], model.cfg.d_vocab)
-    return rows.generation(recorder.finish() if recorder is not None else Record())
-
-
-@dataclass
-class _Passes:
-    """Forward passes that continue one cache, and the recorder that is told of each."""
-
-    model: Llama
-    cache: KVCache
-    recorder: Recorder | None
-
-    def prefill(self, tokens: Tensor, mask: Tensor | None, chunk: int) -> Tensor:  # [batch 1 d_model], as `_run`
-        last = torch.empty(0)
-        for start in range(0, tokens.shape[1], chunk):
-            part = slice(start, start + chunk)
-            last = self._run(tokens[:, part], None if mask is None else mask[:, part])
-        return last
-
-    def decode(self, tokens: Tensor, kept: Tensor) -> Tensor:  # [batch 1], bool [batch] -> [batch 1 d_model]
-        return self._run(tokens, None if kept.all() else kept[:, None].long())
-
-    def logits(self, last: Tensor) -> Tensor:  # [batch 1 d_model] -> float32 [batch d_vocab] on the CPU
-        return self.model.unembed(last)[:, -1].float().cpu()
-
-    def _run(self, tokens: Tensor, mask: Tensor | None) -> Tensor:  # the final norm's last column, to be unembedded
-        resid = self.model(tokens, mask, cache=self.cache, stop_at_layer=self.model.cfg.n_layers)
-        normalized = self.model.ln_final(resid)  # of every column, as its hook points have it in any pass
-        if self.recorder is not None:
-            self.recorder.step(tokens.shape[1])
-        return normalized[:, -1:]
+    return rows.generation(recorder.finish() if recorder is not None else Record(), decode)
 
 
 @contextmanager

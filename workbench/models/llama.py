@@ -17,7 +17,7 @@ from workbench.interventions.lowering import InterventionRow, intervention_table
 from workbench.interventions.session import Attachable, as_interventions
 from workbench.interventions.where import Batch
 from workbench.models.attention import ATTENTION_IMPLEMENTATIONS, Attention
-from workbench.models.cache import CacheRows, KVCache, Prefix
+from workbench.models.cache import CacheRows, FixedCache, KVCache, Prefix
 from workbench.models.layers import (
     Frame,
     RMSNorm,
@@ -199,8 +199,8 @@ class Llama(HookedModel):
             seen = cache.valid[:, : n_past + n_pos] if cache.padded else None
         else:
             seen = valid
-        if isinstance(cache, CacheRows):
-            positions, valid, mask = cache.positions(x.device), cache.real(x.device), None
+        if isinstance(cache, CacheRows | FixedCache):
+            positions, valid, mask = cache.positions(x.device), cache.real(x.device), cache.mask()
         elif seen is None:
             positions = torch.arange(n_past, n_past + n_pos, device=x.device)[None]  # [1 pos]
             # sdpa's own causal mask fits a whole sequence or a single new position, not a chunk after a cache

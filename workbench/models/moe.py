@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.config import Qwen3MoeConfig
-from workbench.errors import HookError
+from workbench.errors import HookError, InterventionError
 from workbench.hooks import HookPoint
+from workbench.interventions.buffers import at_tokens
 from workbench.models.layers import wide
 from workbench.models.moe_weights import QuantizedWeight, expert_weight
 from workbench_kernels import Intervene, Need, routed_experts
@@ -51,6 +52,7 @@ class Moe(nn.Module):
         self.gate_up: Tensor | QuantizedWeight = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_expert, cfg.d_model))
         self.down: Tensor | QuantizedWeight = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_expert))
         self.plan: LayerPlan | None = None  # of the interventions that are attached
+        self.kernel_buffers: Intervene | None = None  # of KernelBuffers
         router = "wide" if router_dtype == "float32" else "model"
         self.hook_router_logits = HookPoint("batch pos expert", router)  # before top-k: editing it re-routes
         self.hook_router_probs = HookPoint("batch pos expert", "wide")  # softmax over all experts
@@ -64,7 +66,7 @@ class Moe(nn.Module):
         self.hook_expert_out = HookPoint("batch pos k d_model", cost=slots.format("d_model"))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # [batch pos d_model]
-        change = UNCHANGED if self.plan is None else self.plan.settle(x.shape[:2])
+        change = self._change(x.shape[:2])
         if self.moe_impl == "triton":
             return self._fused(x, valid, change)
         logits = self.hook_router_logits(self._logits(x))  # [batch pos expert]
@@ -81,6 +83,14 @@ class Moe(nn.Module):
             rows_per_expert=self.rows_per_expert,
         )  # fmt: skip
         return out.view_as(x)
+
+    def _change(self, batch_pos: torch.Size) -> Intervene:
+        if self.kernel_buffers is None:
+            return UNCHANGED if self.plan is None else self.plan.settle(batch_pos)
+        if self.plan is not None:
+            kinds = ", ".join(dict.fromkeys(edit.item.kind for edit in self.plan.edits))
+            raise InterventionError(f"KernelBuffers: expected no other intervention on these experts, got {kinds}.")
+        return at_tokens(self.kernel_buffers, batch_pos)
 
     def _fused(self, x: Tensor, valid: Tensor | None, change: Intervene) -> Tensor:  # [batch pos d_model]
         """The same steps in Triton kernels: each hook point lies where one ends anyway, and the rest stays fused."""

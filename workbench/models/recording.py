@@ -62,6 +62,7 @@ class Recorder:
         # one storage may pass several points: where others listen, what was seen here has to be copied
         self._copies = any(point.listened for point in model.hook_dict.values())
         self._held: dict[str, list[Tensor]] = {}
+        self._slots: Slots | None = None
         self._model, self._steps = model, 0
 
     @contextmanager
@@ -75,20 +76,39 @@ class Recorder:
 
     def _keeper(self, point: HookPoint) -> HookFn:
         held = self._held[point.name] = []
-        if self._copies:
-            return only_looks(lambda x, hook: held.append(x.detach().clone()))
-        return only_looks(lambda x, hook: held.append(x))
+
+        def keep(x: Tensor, hook: HookPoint) -> None:
+            if self._slots is not None:
+                self._slots.write(hook.name, x)
+            else:
+                held.append(x.detach().clone() if self._copies else x)
+
+        return only_looks(keep)
+
+    def into_slots(self, device: torch.device) -> None:
+        """From now on passes are steps that write what they show into buffers; `next_slot` ends each on the device."""
+        self.flush()
+        self._slots = Slots(device)
+
+    def next_slot(self) -> None:
+        assert self._slots is not None
+        self._slots.place += 1
 
     def step(self, n_pos: int) -> None:
         """A pass over `n_pos` columns has ended."""
         self._steps += 1
         if n_pos > 1 or self._steps >= FLUSH:
             self.flush()
+            if self._slots is not None:
+                self._slots.place.zero_()
 
     def flush(self) -> None:
         """Compact what the passes since the last time left."""
         if not self._steps:
             return
+        if self._slots is not None:
+            for name, held in self._held.items():
+                held.append(self._slots.taken(name, self._steps))
         self._steps = 0
         for point in self.points:
             self._sink.append(point.name, torch.cat(self._held[point.name], dim=1))
@@ -113,6 +133,22 @@ class Recorder:
     def _by_layer(self, leaf: str) -> Tensor:
         steps = [torch.cat(self._held[f"blocks.{layer}.mlp.hook_{leaf}"], dim=1) for layer in self.layers]
         return torch.stack(steps, dim=2)
+
+
+class Slots:
+    """Room for FLUSH steps of each point [batch FLUSH ...], filled at a place that lies on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._buffers: dict[str, Tensor] = {}
+
+    def write(self, name: str, x: Tensor) -> None:  # [batch 1 ...]
+        if name not in self._buffers:
+            self._buffers[name] = x.new_zeros(x.shape[0], FLUSH, *x.shape[2:])
+        self._buffers[name].index_copy_(1, self.place, x.detach())
+
+    def taken(self, name: str, n_steps: int) -> Tensor:  # [batch n_steps ...]
+        return self._buffers[name][:, :n_steps]
 
 
 def routing_values(logits: Tensor, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ class Rows:
             self._running = before & ~ended
         return chosen
 
-    def generation(self, record: Record) -> Generation:
+    def generation(self, record: Record, decode: str) -> Generation:
         """What became of the rows."""
         from workbench.models.generate import Generation
 
@@ -78,9 +78,8 @@ class Rows:
                 self._show(row, watch.finish())
         tokens = torch.cat([self.tokens, torch.stack(self._written, dim=1).to(self.tokens.dtype)], dim=1)
         mask = torch.cat([self.mask, torch.stack(self._kept, dim=1).to(self.mask.dtype)], dim=1)
-        return Generation(
-            tokens, mask, self.tokens.shape[1], tuple(self._reasons), record, self.tokenizer, self.stop_strings
-        )
+        reasons, stops = tuple(self._reasons), self.stop_strings
+        return Generation(tokens, mask, self.tokens.shape[1], reasons, record, self.tokenizer, stops, decode)
 
     def _follow(self, chosen: list[int], before: list[bool], ended: list[bool]) -> None:
         running = list(before)
