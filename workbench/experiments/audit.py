@@ -17,18 +17,18 @@ from workbench.axes import LANGUAGES
 from workbench.errors import ConfigError
 from workbench.experiments.knockout import Edit, Outcome, routing_of, run_edits
 from workbench.models import Llama
-from workbench.stats.audits import PLACE, adjust_audit
+from workbench.stats.audits import adjust_audit
 from workbench.stats.resampling import jackknife_interval, t_interval
 
 Place = tuple[int, int]  # (layer, expert)
-LOAD_TOLERANCE = 0.1
 MIN_CONTROLS = 20
+MOST_SCALED = 4  # a control with fewer slots has its effect scaled up to the flagged expert's, at most so far by choice
 
 
 @dataclass(frozen=True)
 class AuditPlan:
-    """kinds: of edits, see `knockout.Edit`. n_controls: random draws per expert and kind; the empirical p cannot be
-    smaller than 1 / (n_controls + 1). seed: of the draws."""
+    """kinds: of edits, see `knockout.Edit`. n_controls: other experts per expert and kind, fewer where the layer has
+    fewer; the empirical p cannot be smaller than 1 / (n_controls + 1). seed: of the draws."""
 
     kinds: tuple[str, ...] = ("drop", "reroute", "force")
     n_controls: int = MIN_CONTROLS
@@ -52,31 +52,34 @@ def audit_experts(
 ) -> pl.DataFrame:
     """Remove and force each flagged (layer, expert): one row per expert and kind, as `AUDIT_SCHEMA` lists.
 
-    tokens: the documents, axes.TOKEN_COLUMNS. Controls are random experts of the same layer, neither flagged nor in
-    `exclude` (super experts belong there), taken at as many token-slots as the flagged one has, within 10%. kl and
+    tokens: the documents, axes.TOKEN_COLUMNS. Controls are other experts of the same layer, each drawn once, neither
+    flagged nor in `exclude` (super experts belong there); see `draw_controls`. Removed from fewer token-slots than the
+    flagged one has, a control's effect counts in proportion: effects are compared per slot, on the flagged one's scale
+    (control_kl, control_kl_max; control_load is what was removed). kl and
     d_nll_* are means over prompt groups, nats per content token, with 95% intervals over groups (`t_interval`).
     selectivity = (d_nll_ja - d_nll_en) / (|d_nll_ja| + |d_nll_en|), from -1 (English alone) to 1 (Japanese alone), with
     a jackknife interval over the groups in both languages, or all of [-1, 1] where neither effect is certain. p_kl,
     p_selective: share of controls with at least as large a KL, or as large a difference between the languages; the
     flagged expert counts as one of them. p_kl_adjusted, p_selective_adjusted: the same, corrected over the n_tests
-    experts of a kind (`stats.audits.adjust_audit`); null where a language is missing.
+    experts of a kind, and least_p, below which no corrected p can be (`stats.audits.adjust_audit`). p_selective is null
+    where a language is missing.
     Raises ConfigError for layers or experts that do not exist.
     """
     plan = plan or AuditPlan()
     chosen = routing_of(model, tokens, batch_size)  # [token layer expert]
     rng = np.random.default_rng(plan.seed)
     banned = {*flagged, *exclude}
-    edits, removed = [], []
+    edits, removed, sizes = [], [], []
     for kind in plan.kinds:
         for layer, expert in flagged:
             edits.append(Edit(kind, layer, (expert,)))
             removed.append(int(chosen[:, layer, expert].sum()))
-            for _ in range(plan.n_controls):
-                control, n_slots = draw_control(kind, layer, expert, chosen[:, layer], banned, rng)
-                edits.append(control)
-                removed.append(n_slots)
+            controls = draw_controls(kind, layer, expert, chosen[:, layer], banned, plan.n_controls, rng)
+            edits += [control for control, _ in controls]
+            removed += [n_slots for _, n_slots in controls]
+            sizes.append(1 + len(controls))
     outcome = run_edits(model, tokens, edits, batch_size, progress)
-    return _summarise(outcome, edits, removed, len(tokens), plan)
+    return _summarise(outcome, edits, removed, sizes, len(tokens))
 
 
 def removal_effects(
@@ -119,34 +122,31 @@ def pair_effects(
     return pl.DataFrame(rows, schema=names, orient="row").sort("excess", descending=True)
 
 
-def draw_control(
-    kind: str, layer: int, expert: int, chosen: np.ndarray, banned: Collection[Place], rng: np.random.Generator
-) -> tuple[Edit, int]:
-    """A random control of a flagged expert and the number of token-slots it takes; chosen is bool [token expert].
+def draw_controls(
+    kind: str, layer: int, expert: int, chosen: np.ndarray, banned: Collection[Place], n: int, rng: np.random.Generator
+) -> list[tuple[Edit, int]]:
+    """Up to n other experts of the layer, each once, with the token-slots each loses; chosen is bool [token expert].
 
-    Removal: a random expert of the layer that has as many slots as the flagged one; if it has more, only as many, at
-    random tokens. (Few layers hold twenty experts of one load.) Where none has as many, experts in random order until
-    they do together. Forcing acts on every token, so its control is one random expert whatever its load.
+    Removal: experts that take at least a quarter of the flagged one's slots, in random order, and the busiest of the
+    others where there are too few; one with more slots than the flagged loses only as many, at random tokens. Forcing
+    acts on every token, whatever the load. An expert is drawn once: drawn again it would say nothing new.
     """
     others = np.array([e for e in range(chosen.shape[1]) if e != expert and (layer, e) not in banned], dtype=np.int64)
     if not len(others):
         raise ConfigError(f"controls: expected unflagged experts in layer {layer}, got none. Flag fewer experts.")
-    order, loads, target = rng.permutation(others), chosen.sum(0), int(chosen[:, expert].sum())
+    loads, target = chosen.sum(0), int(chosen[:, expert].sum())
+    others = rng.permutation(others)
     if kind == "force":
-        return Edit(kind, layer, (int(order[0]),)), int(loads[order[0]])
-    slack = LOAD_TOLERANCE * target
-    alone = [other for other in order if loads[other] >= target - slack]
-    experts, at, taken = [], [], 0
-    for other in alone[:1] or order:
-        rows, missing = np.flatnonzero(chosen[:, other]), target - taken
-        if missing <= slack:
-            break
-        if len(rows) > missing + slack:
-            rows = rng.choice(rows, missing, replace=False)
-        experts.append(int(other))
-        at.append(rows)
-        taken += len(rows)
-    return Edit(kind, layer, tuple(experts), tuple(at)), taken
+        return [(Edit(kind, layer, (int(other),)), int(loads[other])) for other in others[:n]]
+    near = loads[others] >= target / MOST_SCALED
+    ranked = [*others[near], *sorted(others[~near], key=lambda other: -loads[other])]
+    controls = []
+    for other in ranked[:n]:
+        rows = np.flatnonzero(chosen[:, other])
+        if len(rows) > target:
+            rows = rng.choice(rows, target, replace=False)
+        controls.append((Edit(kind, layer, (int(other),), (rows,)), len(rows)))
+    return controls
 
 
 EFFECT_SCHEMA = {
@@ -158,15 +158,11 @@ EFFECT_SCHEMA = {
 AUDIT_SCHEMA = EFFECT_SCHEMA | {
     "load": pl.Float64, "control_load": pl.Float64, "control_kl": pl.Float64, "control_kl_max": pl.Float64,
     "p_kl": pl.Float64, "p_kl_adjusted": pl.Float64, "p_selective": pl.Float64, "p_selective_adjusted": pl.Float64,
-    "n_controls": pl.Int64, "n_tests": pl.Int64, "n_groups": pl.Int64, "n_docs": pl.Int64,
+    "n_controls": pl.Int64, "n_tests": pl.Int64, "least_p": pl.Float64, "n_groups": pl.Int64, "n_docs": pl.Int64,
 }  # fmt: skip
 
-P_VALUES = ("p_kl", "p_kl_adjusted", "p_selective", "p_selective_adjusted", "n_controls", "n_tests")
-MEASURED = {name: dtype for name, dtype in AUDIT_SCHEMA.items() if name not in P_VALUES}
-DRAW_SCHEMA = {
-    "kind": pl.String, "layer": pl.Int64, "expert": pl.Int64, "draw": pl.Int64, "kl": pl.Float64,
-    "contrast": pl.Float64,
-}  # fmt: skip
+ADJUSTED = ("p_kl_adjusted", "p_selective_adjusted", "n_tests", "least_p")
+MEASURED = {name: dtype for name, dtype in AUDIT_SCHEMA.items() if name not in ADJUSTED}
 
 
 @dataclass(frozen=True)
@@ -244,29 +240,38 @@ def _index(ja: np.ndarray, en: np.ndarray) -> np.ndarray:
 
 
 def _summarise(
-    outcome: Outcome, edits: Sequence[Edit], removed: Sequence[int], n_tokens: int, plan: AuditPlan
+    outcome: Outcome, edits: Sequence[Edit], removed: Sequence[int], sizes: Sequence[int], n_tokens: int
 ) -> pl.DataFrame:
+    """One row per block of `sizes` edits, the flagged expert's first and its controls'."""
     groups = _by_group(outcome)
     kl = groups.kl.mean(1)  # [edit]
     contrast = np.abs(_finite_mean(groups.d_nll["ja"]) - _finite_mean(groups.d_nll["en"]))
-    rows, draws = [], []
-    for first in range(0, len(edits), plan.n_controls + 1):
-        controls = slice(first + 1, first + 1 + plan.n_controls)
+    rows, first = [], 0
+    for size in sizes:
+        block = slice(first, first + size)
+        scale = _scale(edits[first].kind, np.array(removed[block]))
+        effects, contrasts = kl[block] * scale, contrast[block] * scale
         row = _effect_row(groups, first, edits[first])
         row |= {
             "load": removed[first] / n_tokens,
-            "control_load": float(np.mean(removed[controls])) / n_tokens,
-            "control_kl": float(kl[controls].mean()),
-            "control_kl_max": float(kl[controls].max()),
+            "control_load": float(np.mean(removed[block][1:])) / n_tokens,
+            "control_kl": float(effects[1:].mean()),
+            "control_kl_max": float(effects[1:].max()),
+            "p_kl": float((effects >= effects[0]).mean()),
+            "p_selective": None if np.isnan(contrasts[0]) else float((contrasts >= contrasts[0]).mean()),
+            "n_controls": size - 1,
             "n_groups": groups.kl.shape[1],
             "n_docs": len(outcome.docs),
         }
         rows.append(row)
-        place = (row["kind"], row["layer"], row["expert"])
-        draws += [(*place, draw, kl[first + draw], contrast[first + draw]) for draw in range(plan.n_controls + 1)]
-    p_values = adjust_audit(pl.DataFrame(draws, schema=DRAW_SCHEMA, orient="row").fill_nan(None))
-    audit = pl.DataFrame(rows, schema=MEASURED).join(p_values, on=PLACE, maintain_order="left")
-    return audit.select(list(AUDIT_SCHEMA)).cast(pl.Schema(AUDIT_SCHEMA))
+        first += size
+    return adjust_audit(pl.DataFrame(rows, schema=MEASURED)).select(list(AUDIT_SCHEMA))
+
+
+def _scale(kind: str, removed: np.ndarray) -> np.ndarray:  # [draw] slots, the flagged expert's first -> factor [draw]
+    if kind == "force":
+        return np.ones(len(removed))
+    return np.divide(removed[0], removed, out=np.zeros(len(removed)), where=removed > 0)
 
 
 def _finite_mean(values: np.ndarray) -> np.ndarray:  # [edit group] -> [edit], over the groups that have the language
