@@ -20,8 +20,8 @@ FACTORS = {
 def audit_points(audit: pl.DataFrame) -> go.Figure:
     """Each audited expert beside its controls: KL of the edit (filled) and the mean and largest control (open, line).
 
-    `audit` comes from `experiments.audit.audit_experts`. Filled diamond: p <= 0.05, corrected over
-    the experts audited; filled circle: not.
+    `audit` comes from `experiments.audit.audit_experts`. Filled diamond: p <= 0.05, judged one
+    by one; filled circle: not. The corrected p is in the hover.
     """
     places = audit.select("layer", "expert", "kind").rows()
     labels = [f"layer {layer} · expert {expert} · {kind}" for layer, expert, kind in places]
@@ -38,18 +38,18 @@ def audit_points(audit: pl.DataFrame) -> go.Figure:
     )  # fmt: skip
     fig.add_trace(
         go.Scatter(
-            x=audit["kl"], y=labels, mode="markers", name="the expert (diamond: adjusted p <= 0.05)",
+            x=audit["kl"], y=labels, mode="markers", name="the expert (diamond: p <= 0.05, one by one)",
             marker={
-                "symbol": ["diamond" if p is not None and p <= 0.05 else "circle" for p in audit["p_kl_adjusted"]],
+                "symbol": ["diamond" if p is not None and p <= 0.05 else "circle" for p in audit["p_kl"]],
                 "size": 10, "color": colour("en"),
             },
             error_x={
                 "type": "data", "symmetric": False, "array": (audit["kl_high"] - audit["kl"]).to_list(),
                 "arrayminus": (audit["kl"] - audit["kl_low"]).to_list(), "thickness": 1.5, "width": 3,
             },
-            customdata=audit.select("p_kl_adjusted", "selectivity", "p_selective_adjusted").rows(),
-            hovertemplate="%{y}<br>KL %{x:.4f} nats, adjusted p %{customdata[0]:.3f}<br>"
-            "selectivity %{customdata[1]:+.2f}, adjusted p %{customdata[2]:.3f}<extra></extra>",
+            customdata=audit.select("p_kl", "p_kl_adjusted", "selectivity", "p_selective").rows(),
+            hovertemplate="%{y}<br>KL %{x:.4f} nats, p %{customdata[0]:.3f}, adjusted %{customdata[1]:.3f}<br>"
+            "selectivity %{customdata[2]:+.2f}, p %{customdata[3]:.3f}<extra></extra>",
         )
     )  # fmt: skip
     fig.update_xaxes(title_text="KL of next-token distributions (nats per content token)", rangemode="tozero")

@@ -203,10 +203,11 @@ def _removed(row: dict) -> str:
 
 
 def _audited(row: dict) -> str:
-    verdict = "more than matched controls" if row["p_kl_adjusted"] <= 0.05 else "no more than matched controls"
+    verdict = "more than matched controls" if row["p_kl"] <= 0.05 else "not certainly more than matched controls"
+    verdict += ", judged by itself" if row["p_kl"] <= 0.05 < row["p_kl_adjusted"] else ""
     sizes = f"KL {row['kl']:.4f} against {row['control_kl']:.4f}"
     text = f"{verdict}: {sizes} (p {row['p_kl']:.3f}, adjusted {row['p_kl_adjusted']:.3f}, {row['n_controls']} draws)"
     if not known(row["selectivity"]):
         return text
     selective = estimate(row["selectivity"], row["selectivity_low"], row["selectivity_high"], "+.2f")
-    return f"{text}; selectivity {selective} (adjusted p {row['p_selective_adjusted']:.3f})"
+    return f"{text}; selectivity {selective} (p {row['p_selective']:.3f})"

@@ -14,7 +14,15 @@ import polars as pl
 import torch
 
 from workbench.capture import capture_routing, expert_peaks, pad, routed_layers, router_inputs, suitable_threads
-from workbench.experiments.audit import AuditPlan, Place, audit_experts, removal_effects
+from workbench.errors import RunError
+from workbench.experiments.audit import (
+    AUDIT_SCHEMA,
+    EFFECT_SCHEMA,
+    AuditPlan,
+    Place,
+    audit_experts,
+    removal_effects,
+)
 from workbench.experiments.knockout import count_experts
 from workbench.hooks import HookPoint
 from workbench.io.run_files import atomic
@@ -32,12 +40,14 @@ TABLES = ("writes", "peaks", "contribution", "geometry", "removal", "audit")
 N_WORDS = 8  # that a card shows of what an expert writes
 N_GROUPS = 12  # prompt groups that the interventions run on, in both languages
 MAX_EXPERTS = 512  # above, only flagged experts are removed one by one
-MAX_AUDITED = 64  # of more flagged experts those with the largest differences
+MAX_AUDITED = 24  # of more flagged experts those with the largest differences, on shared words first
 KINDS = ("reroute", "force")
 GEOMETRY = {
-    "layer": pl.Int64, "r2": pl.Float64, "gap": pl.Float64, "gap_residual": pl.Float64, "p": pl.Float64,
-    "n_docs": pl.Int64, "n_pairs": pl.Int64,
+    "layer": pl.Int64,
+    **{f"{name}{end}": pl.Float64 for name in ("r2", "gap", "gap_residual") for end in ("", "_low", "_high")},
+    "p": pl.Float64, "n_docs": pl.Int64, "n_pairs": pl.Int64, "n_units": pl.Int64,
 }  # fmt: skip
+NEEDED = {"geometry": set(GEOMETRY), "audit": set(AUDIT_SCHEMA), "removal": set(EFFECT_SCHEMA)}
 
 
 def measure_experts(model: Llama, run: Run, progress: bool = True) -> dict[str, pl.DataFrame]:
@@ -64,9 +74,19 @@ def measure_experts(model: Llama, run: Run, progress: bool = True) -> dict[str, 
 
 
 def read_experts(run: Run) -> dict[str, pl.DataFrame]:
-    """The tables that were measured for a run, by name; empty when it was made without them."""
+    """The tables that were measured for a run, by name; empty when it was made without them.
+
+    Raises RunError for a table that another version measured and that lacks what the page needs.
+    """
     folder = run.path / "experts"
-    return {name: _read(folder, name) for name in TABLES if (folder / f"{name}.parquet").exists()}
+    tables = {name: _read(folder, name) for name in TABLES if (folder / f"{name}.parquet").exists()}
+    for name, needed in NEEDED.items():
+        if name in tables and (lacking := sorted(needed - set(tables[name].columns))):
+            raise RunError(
+                f"{folder / name}.parquet: expected columns {', '.join(lacking)}, got a table without them, as earlier "
+                "versions wrote. Delete the file and run the study again: only this table is measured anew."
+            )
+    return tables
 
 
 def sample_documents(run: Run, n_groups: int = N_GROUPS) -> pl.DataFrame:

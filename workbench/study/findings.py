@@ -109,13 +109,13 @@ def _audit(frames: dict[str, pl.DataFrame]) -> list[str]:
     if "audit" not in frames or frames["audit"].is_empty():
         return []
     removed = frames["audit"].filter(kind="reroute")
-    matter = removed.filter(pl.col("p_kl_adjusted") <= ALPHA)
-    one_by_one = removed.filter(pl.col("p_kl") <= ALPHA)
-    verb = "matters" if len(matter) == 1 else "matter"
+    matter, one_by_one = (removed.filter(pl.col(name) <= ALPHA) for name in ("p_kl_adjusted", "p_kl"))
+    n, least = removed["n_controls"].max(), removed["least_p"].to_numpy().min()
+    limit = f", of which {n} controls allow none below p = {least:.2f}" if least > ALPHA else ""
     return [
-        f"Of {counted(len(removed), 'flagged expert')}, {len(matter)} {verb} more when removed than "
-        f"{removed['n_controls'][0]} random controls of their layer and load (p <= {ALPHA} {CORRECTED}; judged one by "
-        f"one {len(one_by_one)} would, and {ALPHA * len(removed):.1f} by chance)."
+        f"Of {counted(len(removed), 'expert')} flagged on shared words or on all, {len(one_by_one)} matter more when "
+        f"removed than up to {n} other experts of their layer do, each on as many tokens (judged one by one, p <= "
+        f"{ALPHA}: {ALPHA * len(removed):.1f} would by chance); {len(matter)} {CORRECTED}{limit}."
     ]
 
 

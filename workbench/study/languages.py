@@ -31,16 +31,34 @@ def floors_of(run: Run) -> tuple[float, float] | None:
 
 
 def language_frames(run: Run, tokens: pl.DataFrame) -> dict[str, pl.DataFrame]:
-    """shared (shared tokens), contrasts (all tokens), both with `flagged` and `side`, and matching (what was kept)."""
-    matched = match_tokens(tokens, "lang", LANGUAGES)
+    """shared (shared words), contrasts (all tokens), both with `flagged` and `side`, matching (what was kept) and
+    shared_words (which words weigh most)."""
+    matched = shared_words(tokens)
     frames = {"contrasts": contrast(run, tokens, "lang", LANGUAGES)}
     if not matched.is_empty():
         frames["shared"] = contrast(run, matched, "lang", LANGUAGES)
         frames["matching"] = matching_summary(tokens, matched, "lang")
+        frames["shared_words"] = heaviest_words(matched)
         floors = floors_of(run)
         if floors is not None:
             frames["calibrated"] = pl.DataFrame({"risk_floor": [floors[0]], "logit_floor": [floors[1]]})
     return frames
+
+
+def shared_words(tokens: pl.DataFrame) -> pl.DataFrame:
+    """The words that both languages of a group have, weighted by `match_tokens`; blanks are no words.
+
+    A space is the same token in both languages and not the same thing: where one of them writes spaces between words
+    and the other does not, it would outweigh all words together.
+    """
+    return match_tokens(tokens.filter(pl.col("token").str.strip_chars() != ""), "lang", LANGUAGES)
+
+
+def heaviest_words(matched: pl.DataFrame, n: int = 20) -> pl.DataFrame:
+    """token, share (of the weight of the comparison), n_groups: the words that it rests on most."""
+    total = matched["weight"].sum()
+    words = matched.group_by("token").agg(share=pl.col("weight").sum() / total, n_groups=pl.col("group_id").n_unique())
+    return words.sort("share", "token", descending=[True, False]).head(n)
 
 
 def contrast(run: Run, tokens: pl.DataFrame, axis: str, values: tuple[str, str]) -> pl.DataFrame:
@@ -64,11 +82,19 @@ def has_logits(run: Run) -> bool:
 
 
 def flagged_places(run: Run, tokens: pl.DataFrame) -> list[tuple[int, int]]:
-    """(layer, expert) flagged on shared tokens, largest difference first."""
+    """(layer, expert) of `to_audit`; none for a run in one language."""
     if not set(LANGUAGES) <= set(tokens["lang"]):
         return []
     frames = language_frames(run, tokens)
-    return [(layer, expert) for layer, expert in flagged_experts(frames).select("layer", "expert").rows()]
+    return to_audit(frames)
+
+
+def to_audit(frames: Mapping[str, pl.DataFrame]) -> list[tuple[int, int]]:
+    """(layer, expert) flagged on shared words, then on all tokens, each with the largest difference first."""
+    largest = pl.col("risk_difference").abs()
+    parts = [frames[name].filter("flagged") for name in ("shared", "contrasts") if name in frames]
+    ordered = [part.sort(largest, descending=True, maintain_order=True).select("layer", "expert") for part in parts]
+    return [(int(layer), int(expert)) for layer, expert in pl.concat(ordered).unique(maintain_order=True).rows()]
 
 
 def flagged_experts(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -99,4 +125,5 @@ def language_facts(run: Run, frames: dict[str, pl.DataFrame]) -> dict[str, str]:
         f"{row['n_units_kept']} of {row['n_units']} groups."
         for row in frames["matching"].iter_rows(named=True)
     )
-    return {"floors": text, "matching": kept}
+    words = ", ".join(f"{row['token']!r} {row['share']:.0%}" for row in frames["shared_words"].head(5).to_dicts())
+    return {"floors": text, "matching": f"{kept} The words that weigh most in it: {words}."}

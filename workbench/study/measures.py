@@ -16,11 +16,11 @@ from workbench.stats.divergence import top_overlap
 from workbench.stats.dynamics import layer_consistency, local_consistency, persistence
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.logits import logit_cells
-from workbench.stats.matching import at_one_effort, fertility, match_length, match_tokens, with_position_bin
+from workbench.stats.matching import at_one_effort, fertility, match_length, with_position_bin
 from workbench.stats.paths import paths
 from workbench.stats.specialisation import specialisation, vocabulary_specialisation
 from workbench.stats.validation import discover_and_validate, selection_stability, split_half_reliability
-from workbench.study.languages import contrast, floors_of, has_logits
+from workbench.study.languages import contrast, floors_of, has_logits, shared_words
 from workbench.study.swap import SWAP_SIDES
 
 Frames = dict[str, pl.DataFrame]
@@ -108,7 +108,7 @@ def language_measures(run: Run, tokens: pl.DataFrame) -> Frames:
     frames = {"overlap": top_overlap(counts, *pair, sizes=(k, 2 * k), seed=run.seed)}
     if tokens.filter(pl.col("segment") == "user")["lang"].n_unique() == len(LANGUAGES):
         frames["fertility"] = fertility(tokens, "lang", LANGUAGES)
-    matched = match_tokens(tokens, "lang", LANGUAGES)
+    matched = shared_words(tokens)
     chosen = tokens if matched.is_empty() else matched
     counts = counts if matched.is_empty() else slot_counts(matched, run.routing, ["group_id", "lang"])
     frames["reliability"] = split_half_reliability(counts, *pair, top=k, seed=run.seed)

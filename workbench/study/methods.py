@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import polars as pl
 
 from workbench.plots.experts import AXES
-from workbench.study.languages import flagged_experts
 from workbench.study.measures import N_DRAWS
 from workbench.study.wording import counted
 
@@ -23,7 +22,7 @@ def methods(tokens: pl.DataFrame, frames: Frames) -> list[str]:
         "load maps count all groups, contrasts and divergences only those.",
         *_contrasts(frames),
         *_preferences(frames["preferences"]),
-        *_pairs(frames["pairs"]),
+        *_pairs(frames),
         *_others(tokens, frames),
         *_audit(frames),
     ]
@@ -63,12 +62,23 @@ def _preferences(preferences: pl.DataFrame) -> Iterator[str]:
         )
 
 
-def _pairs(pairs: pl.DataFrame) -> Iterator[str]:
-    row = pairs.row(0, named=True)
-    yield (
-        f"Pairs of experts: {row['n_docs']:,} documents, {row['n_tokens']:,} tokens, {row['n_tests']:,} tests; the "
-        f"largest |z| over all pairs and layers, against {N_DRAWS} deals of the experts within every document."
-    )
+def _pairs(frames: Frames) -> Iterator[str]:
+    """Pairs, steps and paths, which rest on the same groups; nothing for a layer of one expert."""
+    if not frames["pairs"].is_empty():
+        row = frames["pairs"].row(0, named=True)
+        yield (
+            f"Pairs of experts: {row['n_docs']:,} documents of evenly spread groups, {row['n_tokens']:,} tokens, "
+            f"{row['n_tests']:,} tests; the largest |z| over all pairs and layers, against {N_DRAWS} deals of the "
+            "experts within every document. Intervals of pairs and steps: delete-a-group jackknife, of single pairs: "
+            "those picked for their size would come out smaller in other text."
+        )
+    if "steps" in frames:
+        row, about = frames["steps"].row(0, named=True), frames["path_entropy"].row(0, named=True)
+        yield (
+            f"Steps: the same tokens, {row['n_tests']:,} tests, {N_DRAWS} deals of the next layer's routes within "
+            f"every document. Paths: {about['n_tokens']:,} tokens, every path of a group once; 99 exchanges of what "
+            "follows among those that meet at an expert."
+        )
 
 
 def _others(tokens: pl.DataFrame, frames: Frames) -> Iterator[str]:
@@ -101,6 +111,17 @@ def _others(tokens: pl.DataFrame, frames: Frames) -> Iterator[str]:
         )
     if "stability" in frames:
         yield "Half samples: 100 random halves of the groups; discovery and validation: halves by a hash of the group."
+    if not frames.get("geometry", pl.DataFrame()).is_empty():
+        row = frames["geometry"].row(0, named=True)
+        yield (
+            f"Likeness by geometry: {row['n_docs']} documents of {row['n_units']} groups, {row['n_pairs']:,} pairs; "
+            "labels exchanged for p, jackknife over the groups of both documents for intervals."
+        )
+    if "divergence" in frames:
+        yield (
+            "Divergence: 40 random halves of the groups for floor and excess; bits: 20 shuffles of each factor within "
+            "the ones before it; fertility: jackknife over groups."
+        )
     if "committee" in frames:
         row = frames["committee"].row(0, named=True)
         yield (
@@ -115,8 +136,9 @@ def _audit(frames: Frames) -> Iterator[str]:
         return
     row = audit.row(0, named=True)
     yield (
-        f"Audit: {len(audit.filter(kind='reroute'))} of {len(flagged_experts(frames))} flagged experts, those with the "
-        f"largest differences; {row['n_docs']} conversations of {row['n_groups']} groups, {row['n_controls']} controls "
-        f"per expert and intervention, so the least p is {1 / (row['n_controls'] + 1):.3f}; corrected over the "
-        f"{row['n_tests']} experts of an intervention, step-down over all their draws."
+        f"Audit: {len(audit.filter(kind='reroute'))} flagged experts, of shared words first, then of all, those with "
+        f"the largest differences; {row['n_docs']} conversations of {row['n_groups']} groups; controls are up to "
+        f"{audit['n_controls'].max()} other experts of the layer, each once, on at most as many token-slots and "
+        f"compared per slot, so that p is at least {1 / (row['n_controls'] + 1):.3f}; Holm over the {row['n_tests']} "
+        f"experts of an intervention, so that a corrected p is at least {audit['least_p'].to_numpy().min():.2f}."
     )

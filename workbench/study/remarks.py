@@ -11,6 +11,7 @@ from workbench.study.wording import counted, estimate, known
 
 Frames = dict[str, pl.DataFrame]
 LIFT = ("log2_lift", "log2_lift_low", "log2_lift_high")
+ENOUGH = 5.0  # expected counts
 STABLE = 0.8  # share of half samples (Meinshausen & Buhlmann 2010)
 
 
@@ -39,11 +40,15 @@ def _evenness(frames: Frames) -> str:
         losses.row(by_predicate=pl.col("scope") == scope, named=True) for scope in ("mean of layers", "pooled")
     )
     text = (
-        "The loss that balance is trained by, 1 where the load is even, is "
-        f"{estimate(mean['value'], mean['low'], mean['high'], '.3f')} on average over layers. Pooled over layers, as "
-        f"some training code does, it would be {estimate(pooled['value'], pooled['low'], pooled['high'], '.3f')}: "
-        "expert 5 of one layer is not expert 5 of another, so pooling lets unevenness cancel."
+        "Concentration of the load (E times the sum of squared loads, the part of the balancing loss that counts "
+        f"tokens; 1 where even) is {estimate(mean['value'], mean['low'], mean['high'], '.3f')} on average over layers."
     )
+    if pooled["value"] < mean["value"] - 0.001:
+        text += (
+            " Pooled over layers, as some training code does, it would be "
+            f"{estimate(pooled['value'], pooled['low'], pooled['high'], '.3f')}: expert 5 of one layer is not expert 5 "
+            "of another, so pooling lets unevenness cancel."
+        )
     means = scopes.group_by("scope").agg(pl.col("entropy_corrected").mean())
     even = dict(means.rows())
     shown = ", ".join(f"{even[scope]:.3f} {name}" for scope, name in SCOPES.items() if known(even.get(scope)))
@@ -165,7 +170,7 @@ def _steps(frames: Frames) -> str:
         f"From layer to layer, {len(edges):,} of {len(steps):,} pairs of an expert and one of the next layer follow "
         "each other at least 1.4 times as often as when the tokens of a document take each other's way there."
     )
-    for row in edges.sort("log2_lift", descending=True, maintain_order=True).head(1).iter_rows(named=True):
+    for row in _most(edges):
         text += (
             f" Most so: expert {row['expert']} of layer {row['layer']} and {row['other']} of layer "
             f"{row['next_layer']}, {_often(row)}."
@@ -184,6 +189,12 @@ def _paths(row: dict) -> str:
     )
 
 
+def _most(edges: pl.DataFrame) -> list[dict]:
+    """The edge of the largest lift among those with enough expected counts to speak of."""
+    known = edges.filter(pl.col("expected") >= ENOUGH)
+    return known.sort("log2_lift", descending=True, maintain_order=True).head(1).to_dicts()
+
+
 def _often(row: dict) -> str:
     """How often a pair of experts was chosen together, and how much more than by chance."""
     times, low, high = (None if row[name] is None else 2.0 ** row[name] for name in LIFT)
@@ -192,13 +203,15 @@ def _often(row: dict) -> str:
 
 
 def _companions(pairs: pl.DataFrame) -> str:
+    if pairs.is_empty():
+        return ""  # a layer of one expert
     _, edges = expert_graph(pairs)
     text = (
         f"{len(edges):,} of {len(pairs):,} pairs of experts of one layer work on the same token at least 1.4 times as "
         "often as they would by chance, given how often every document uses each of them (p at most 0.05 after "
         f"correction; {pairs['n_tokens'][0]:,} tokens of {pairs['n_docs'][0]:,} documents)."
     )
-    for row in edges.sort("log2_lift", descending=True, maintain_order=True).head(1).iter_rows(named=True):
+    for row in _most(edges):
         text += (
             f" Most so: experts {row['expert']} and {row['other']} of layer {row['layer']}, {_often(row)} (the largest "
             "of many: expect less in other text)."

@@ -220,8 +220,9 @@ def _policy(run: Run, tokens: pl.DataFrame) -> str:
     return (
         f"{changed}{rendering} and {answers}; routing was then read from one pass over each whole {document}. "
         f"{n_content:,} of {len(tokens):,} tokens are counted: {', '.join(TEMPLATE_SEGMENTS)} tokens are scaffolding, "
-        "not content, and are left out; padding is never recorded. The load maps weigh tokens equally; "
-        "everything with an interval weighs prompt groups equally, with the group as the unit of resampling. "
+        "not content, and are left out; padding is never recorded. The prompt group is the unit of every interval. "
+        "Contrasts, divergences, entropies, margins over layers, neighbours and turns weigh groups equally; load, "
+        "balance, evenness, narrow choices, tokens in a row, likeness of layers, pairs, steps and paths weigh tokens. "
         f"Parts of a {document} that hold under {MIN_SHARE:.0%} of the counted tokens are not drawn on their own."
     )
 

@@ -225,3 +225,13 @@ def test_checkpoints_of_other_shapes_are_not_compared(small: Llama, run: Run, mo
     assert small_vocabulary
     with pytest.raises((RunError, ValueError), match="expected"):
         compare_models(small, moe, run)
+
+
+def test_a_table_of_an_earlier_version_is_named(run: Run, measured: dict[str, pl.DataFrame]) -> None:
+    file = run.path / "experts" / "geometry.parquet"
+    whole = file.read_bytes()
+    measured["geometry"].drop("gap_low", "n_units").write_parquet(file)
+    with pytest.raises(RunError, match=r"geometry\.parquet: expected columns gap_low, n_units, got a table without"):
+        read_experts(run)
+    file.write_bytes(whole)
+    assert read_experts(run)["geometry"].equals(measured["geometry"], null_equal=True)

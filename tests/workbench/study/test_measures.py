@@ -14,6 +14,7 @@ from workbench.stats.matching import at_one_effort
 from workbench.stats.specialisation import specialisation
 from workbench.study import measures
 from workbench.study.atlas import _audited, _prefers, companions
+from workbench.study.languages import heaviest_words, shared_words, to_audit
 from workbench.study.methods import methods
 from workbench.study.remarks import (
     _again,
@@ -121,7 +122,8 @@ def test_remarks_and_methods_say_what_the_frames_hold(finished_run: Run, tokens:
     said = remarks(frames)
     ratio = frames["fertility"]["ratio"].item()
     assert f"makes {ratio:.2f} [" in said["fertility"]
-    assert said["again"].startswith(f"Two random halves of the {frames['reliability']['n_groups'][0]} groups")
+    assert frames["reliability"]["n_groups"][0] < 4  # of these texts, share a word
+    assert said["again"] == ""
     assert f"of {len(frames['pairs']):,} pairs of experts" in said["companions"]
     assert said["geometry"] == ""  # needs the model
     assert f"of {len(frames['steps']):,} pairs of an expert and one of the next layer" in said["steps"]
@@ -204,13 +206,14 @@ def test_a_card_judges_by_floors_and_controls_alone() -> None:
     assert _prefers([flagged], [], judged=True).startswith("English (")
     alone = row | {"low": float("nan"), "high": float("nan"), "p_adjusted": float("nan")}
     assert _prefers([alone], [], judged=True) == "no language beyond the floors (JA - EN -0.600)"
-    audit = {"kl": 0.2, "control_kl": 0.1, "p_kl": 0.02, "p_kl_adjusted": 0.04, "n_controls": 39}
-    audit |= {"p_selective_adjusted": 0.5, "selectivity": 0.5, "selectivity_low": 0.1, "selectivity_high": 0.9}
+    audit = {"kl": 0.2, "control_kl": 0.1, "p_kl": 0.02, "p_kl_adjusted": 0.04, "n_controls": 39, "p_selective": 0.5}
+    audit |= {"selectivity": 0.5, "selectivity_low": 0.1, "selectivity_high": 0.9}
     assert _audited(audit).startswith(
         "more than matched controls: KL 0.2000 against 0.1000 (p 0.020, adjusted 0.040, 39"
     )
-    assert _audited(audit | {"p_kl_adjusted": 0.06}).startswith("no more than matched controls")
-    assert _audited(audit).endswith("selectivity +0.50 [+0.10, +0.90] (adjusted p 0.500)")
+    assert _audited(audit | {"p_kl": 0.06}).startswith("not certainly more than matched controls")
+    assert _audited(audit | {"p_kl_adjusted": 0.3}).startswith("more than matched controls, judged by itself: KL")
+    assert _audited(audit).endswith("selectivity +0.50 [+0.10, +0.90] (p 0.500)")
 
 
 def test_one_reading_of_a_prompt_is_its_medium_effort() -> None:
@@ -290,3 +293,25 @@ def test_a_pair_is_told_with_the_interval_of_its_lift() -> None:
     assert _often(row) == "90 times against 30 expected, 3.0 [2.0, 4.0] times as often"
     few = row | {"log2_lift_low": None, "log2_lift_high": None}
     assert _often(few) == "90 times against 30 expected, 3.0 times as often"
+
+
+def test_blanks_are_no_shared_words_and_the_heaviest_are_named() -> None:
+    rows = [("g", lang, "user", token) for lang in ("ja", "en") for token in [" "] * 6 + ["7", "7", "."]]
+    tokens = pl.DataFrame(rows, schema=["group_id", "lang", "segment", "token"], orient="row").with_columns(
+        token_id=pl.col("token").replace_strict({" ": 1, "7": 2, ".": 3}), pos=pl.int_range(pl.len())
+    )
+    matched = shared_words(tokens)
+    assert set(matched["token"]) == {"7", "."}
+    assert heaviest_words(matched).rows() == [("7", pytest.approx(2 / 3), 1), (".", pytest.approx(1 / 3), 1)]
+
+
+def test_the_audit_takes_what_is_flagged_on_shared_words_first() -> None:
+    shared = {"layer": [0, 1], "expert": [5, 6], "risk_difference": [0.1, -0.3], "flagged": [True, True]}
+    every = {
+        "layer": [2, 1, 0],
+        "expert": [9, 6, 1],
+        "risk_difference": [0.2, 0.9, 0.8],
+        "flagged": [True, True, False],
+    }
+    frames = {"shared": pl.DataFrame(shared), "contrasts": pl.DataFrame(every)}
+    assert to_audit(frames) == [(1, 6), (0, 5), (2, 9)]
