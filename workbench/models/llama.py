@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,6 +132,8 @@ class Llama(HookedModel):
         """Token ids of one text or several of equal length. Raises ShapeError when they differ in length."""
         if self.tokenizer is None:
             raise ConfigError("tokenizer: expected one, got a model without. Load a checkpoint that has it.")
+        if not isinstance(text, Iterable):
+            raise ShapeError(f"texts: expected a text or a list of them, got {text!r}. Pass strings.")
         rows = [self.tokenizer.to_tokens(one, bos=bos) for one in ([text] if isinstance(text, str) else text)]
         if len({len(row) for row in rows}) != 1:
             raise ShapeError(
@@ -174,10 +176,12 @@ class Llama(HookedModel):
         return first, last
 
     def _residual(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.cfg.d_model or x.dtype != self.dtype:
+        d_model, fits = self.cfg.d_model, isinstance(x, Tensor) and x.ndim == 3 and x.numel() > 0
+        if not fits or x.shape[-1] != d_model or x.dtype != self.dtype:
+            got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise ShapeError(
-                f"start_at_layer: expected a residual stream [batch pos {self.cfg.d_model}] {self.dtype}, "
-                f"got {tuple(x.shape)} {x.dtype}. Pass what stop_at_layer returned."
+                f"start_at_layer: expected a residual stream [batch pos {d_model}] {self.dtype}, got {got}. "
+                "Pass what stop_at_layer returned."
             )
         x = x.to(self.device)
         # a hook may edit in place, and this is the caller's tensor
