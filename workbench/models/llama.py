@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,8 +128,26 @@ class Llama(HookedModel):
             cache.advance(x.shape[1])
         return x if stop_at_layer is not None else self.unembed(self.ln_final(x))
 
+    def reach(
+        self, start_at_layer: int | None = None, stop_at_layer: int | None = None, **kwargs: Any
+    ) -> Callable[[str], bool]:
+        """Which hook points a pass between these layers gets to, by name. Raises ShapeError as such a pass would."""
+        first, last = self._layer_range(start_at_layer, stop_at_layer)
+
+        def reached(name: str) -> bool:
+            if name.startswith("blocks."):
+                return first <= self.hook_dict[name].layer() < last
+            return start_at_layer is None if name == "hook_embed" else stop_at_layer is None
+
+        return reached
+
     def to_tokens(self, text: str | Sequence[str], bos: bool = True) -> Tensor:  # [batch pos]
-        """Token ids of one text or several of equal length. Raises ShapeError when they differ in length."""
+        """Token ids of one text or several of equal length, each behind `<|startoftext|>` unless `bos` is False.
+
+        The default is that of a prompt of its own, as documents were in pre-training; a rendered chat, which has none,
+        goes through `workbench.chat`, and `model.tokenizer.to_tokens` leaves no default. Raises ShapeError when the
+        texts differ in length.
+        """
         if self.tokenizer is None:
             raise ConfigError("tokenizer: expected one, got a model without. Load a checkpoint that has it.")
         if not isinstance(text, Iterable):
