@@ -10,6 +10,11 @@ from torch import Tensor
 
 from workbench.errors import HookError
 
+_KEPT = (
+    "A point with a cost, such as pattern, is kept only if names_filter names it, "
+    "any point only if the pass reached it (start_at_layer, stop_at_layer)."
+)
+
 
 class ActivationCache(dict[str, Tensor]):
     """Activations by hook name; `cache["resid_pre", 3]` is short for `cache["blocks.3.hook_resid_pre"]`.
@@ -22,7 +27,7 @@ class ActivationCache(dict[str, Tensor]):
             raise HookError(f'cache: expected a name or a pair such as ("resid_pre", 3), got {key!r}.')
         if isinstance(key, str):
             if key not in self:
-                raise HookError(f"{unknown_name(key, self, 'cached activation')} Points with a cost need names_filter.")
+                raise HookError(f"{unknown_name(key, self, 'cached activation')} {_KEPT}")
             return super().__getitem__(key)
         leaf, layer = key
         if isinstance(layer, int) and layer < 0:  # a cache may hold some layers only: "the last one" has no meaning
@@ -34,7 +39,7 @@ class ActivationCache(dict[str, Tensor]):
             )
         if not names:
             near = unknown_name(f"blocks.{layer}.hook_{leaf}", self, f"{leaf} of layer {layer} in the cache")
-            raise HookError(f"{near} A point with a cost, such as pattern, is kept only if names_filter names it.")
+            raise HookError(f"{near} {_KEPT}")
         return self[names[0]]
 
     def stack(self, leaf: str) -> Tensor:
@@ -42,7 +47,7 @@ class ActivationCache(dict[str, Tensor]):
         layers = sorted({int(name.split(".")[1]) for name in self if name.startswith("blocks.")})
         found = [self[leaf, layer] for layer in layers if any(name in self for name in _leaf_names(leaf, layer))]
         if not found:
-            raise HookError(unknown_name(f"hook_{leaf}", self, "cached activation"))
+            raise HookError(f"{unknown_name(f'hook_{leaf}', self, 'cached activation')} {_KEPT}")
         return torch.stack(found)
 
 

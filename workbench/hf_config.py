@@ -35,8 +35,9 @@ _ONLY_VALUE: dict[str, tuple[Any, ...]] = {
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_n_ctx"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+_ROPE_FIELDS = {"original_max_position_embeddings": "original_n_ctx"}  # of RopeConfig, where its name is another
 
 _MISSING = object()
 MAX_LAYERS = 10_000  # more than any model has: beyond it, building the table of tensors would take all memory
@@ -201,17 +202,33 @@ def _shared_from_hf(reader: _Reader) -> dict[str, Any]:
         "n_layers": n_layers,
         "n_heads": n_heads,
         "n_kv_heads": reader.take("num_key_value_heads", count, *kv_default),
-        "d_head": reader.take("head_dim", count, d_model // n_heads),
+        "d_head": reader.take("head_dim", count, None) or _split_heads(d_model, n_heads),
         "d_mlp": reader.take("intermediate_size", count),
         "d_vocab": d_vocab,
         "n_ctx": reader.take("max_position_embeddings", count),
         "norm_eps": reader.take("rms_norm_eps", "a number"),
         "rope": _rope_from_hf(reader),
         "tie_embeddings": reader.take("tie_word_embeddings", "true or false", False),
-        "bos_id": reader.take("bos_token_id", "a token id", None if "bos_token_id" in reader.hf else 1),
+        "bos_id": _special_id(reader, "bos_token_id", d_vocab) if "bos_token_id" in reader.hf else 1,
         "eos_ids": _eos_ids(reader, d_vocab),
-        "pad_id": reader.take("pad_token_id", "a token id", None),
+        "pad_id": _special_id(reader, "pad_token_id", d_vocab),
     }
+
+
+def _split_heads(d_model: int, n_heads: int) -> int:
+    if d_model % n_heads:
+        raise ConfigError(
+            f"hidden_size: expected a multiple of {n_heads} heads where there is no head_dim, got {d_model}. "
+            "Add head_dim to config.json."
+        )
+    return d_model // n_heads
+
+
+def _special_id(reader: _Reader, key: str, d_vocab: int) -> int | None:
+    token_id: int | None = reader.take(key, "a token id", None)
+    if token_id is not None and token_id >= d_vocab:
+        raise ConfigError(f"{key}: expected an id below {d_vocab}, the vocabulary, got {token_id}. Correct it.")
+    return token_id
 
 
 def _eos_ids(reader: _Reader, d_vocab: int) -> tuple[int, ...]:
@@ -230,7 +247,7 @@ def _rope_from_hf(reader: _Reader) -> RopeConfig:
         raise ConfigError(
             "rope_scaling: expected to agree with rope_parameters, got both with different values. Keep one."
         )
-    given = dict(parameters or scaling or {})
+    given: dict[str, Any] = dict(parameters or scaling or {})
     kind = _rope_kind(given.pop("rope_type", None), given.pop("type", None))
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise ConfigError(f"rope_type: expected one of {', '.join(_ROPE_KEYS)}, got {kind!r}. No other is implemented.")
@@ -238,18 +255,17 @@ def _rope_from_hf(reader: _Reader) -> RopeConfig:
     if isinstance(factor, bool) or factor != 1:
         raise ConfigError("partial_rotary_factor: expected 1, got another value. Partial rotary is not implemented.")
     theta = _rope_theta(reader.take("rope_theta", "a number", None), given.pop("rope_theta", None))
-    if "original_max_position_embeddings" in given:
-        given["original_n_ctx"] = given.pop("original_max_position_embeddings")
     if sorted(given) != sorted(_ROPE_KEYS[kind]):
         raise ConfigError(f"rope ({kind}): expected keys {list(_ROPE_KEYS[kind])}, got {sorted(given)}.")
-    return RopeConfig(theta=theta, kind=kind, **given)
+    return RopeConfig(theta=theta, kind=kind, **{_ROPE_FIELDS.get(key, key): value for key, value in given.items()})
 
 
 def _rope_kind(name: Any, older: Any) -> Any:
     """`rope_type`, or `type` as it was called before; both may be there if they agree, as old releases wrote them."""
     if name is not None and older is not None and name != older:
         raise ConfigError(f"rope_type: expected the same value as type, got {name!r} and {older!r}. Keep one.")
-    return name or older or "default"
+    given = older if name is None else name
+    return "default" if given is None else given
 
 
 def _rope_theta(top: Any, inner: Any) -> Any:
@@ -261,8 +277,5 @@ def _rope_theta(top: Any, inner: Any) -> Any:
 
 def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     """As transformers 5 writes it under `rope_parameters`."""
-    values = {
-        "original_max_position_embeddings" if key == "original_n_ctx" else key: getattr(rope, key)
-        for key in _ROPE_KEYS[rope.kind]
-    }
+    values = {key: getattr(rope, _ROPE_FIELDS.get(key, key)) for key in _ROPE_KEYS[rope.kind]}
     return {"rope_type": rope.kind, "rope_theta": rope.theta, **values}

@@ -28,7 +28,8 @@ class HookPoint(nn.Module):
     dtype is "model", "wide" (the model's, but float32 at least), or the name of a dtype that is always the same.
     A point with a cost is lazy: its tensor is only computed while somebody listens, and a cache that was not asked
     for it by name or predicate leaves it out.  `read_only` points report a derived quantity: replacing it would act
-    on nothing, so a hook that returns a value there raises a HookError.
+    on nothing, so a hook that returns a value there raises a HookError, and so does one that edits in place (but not
+    under torch.inference_mode(), where tensors do not count their edits).
     """
 
     def __init__(self, shape: str, dtype: str = "model", cost: str = "", read_only: bool = False) -> None:
@@ -103,11 +104,11 @@ class HookPoint(nn.Module):
             return x
         if self.read_only:
             raise HookError(f"hook at {self.name}: expected None (this point is read-only), got a tensor. Return None.")
-        if not isinstance(new, Tensor) or new.shape != x.shape or new.dtype != x.dtype:
-            got = (tuple(new.shape), new.dtype) if isinstance(new, Tensor) else type(new).__name__
+        if not isinstance(new, Tensor) or _kind(new) != _kind(x):
+            got = _shown(new) if isinstance(new, Tensor) else type(new).__name__
             raise HookError(
-                f"hook at {self.name}: expected None or a tensor {tuple(x.shape)} {x.dtype}, got {got}. "
-                "Return the same shape and dtype, for instance with .to(x.dtype)."
+                f"hook at {self.name}: expected None or a tensor {_shown(x)}, got {got}. "
+                "Return the same shape and dtype, dense and on the same device, for instance with .to(x)."
             )
         return new
 
@@ -129,6 +130,15 @@ class HookPoint(nn.Module):
         x = x.view_as(x)
         x.register_hook(on_gradient)
         return x
+
+
+def _kind(x: Tensor) -> tuple[object, ...]:
+    return x.shape, x.dtype, x.device, x.layout
+
+
+def _shown(x: Tensor) -> str:
+    layout = "" if x.layout == torch.strided else f" {x.layout}"
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}{layout}"
 
 
 def only_looks(fn: HookFn) -> HookFn:
@@ -225,22 +235,45 @@ class HookedModel(nn.Module):
         bwd_hooks: Iterable[tuple[NameFilter, HookFn]] = (),
     ) -> Iterator[HookedModel]:
         """Listen inside the `with` block: fwd_hooks see activations, bwd_hooks gradients. Nothing stays attached."""
+        with self._attached(self._resolved(fwd_hooks, bwd_hooks)):
+            yield self
+
+    def reach(self, **kwargs: Any) -> Callable[[str], bool]:
+        """Which hook points `model(tokens, **kwargs)` gets to, by name; a model that can run in part says more."""
+        return lambda name: True
+
+    def _resolved(
+        self,
+        fwd_hooks: Iterable[tuple[NameFilter, HookFn]],
+        bwd_hooks: Iterable[tuple[NameFilter, HookFn]],
+        **kwargs: Any,
+    ) -> list[tuple[HookPoint, str, HookFn]]:
+        """Each point, direction and function that is meant, all checked; a point given by name must be in the pass."""
         given = (("fwd_hooks", fwd_hooks), ("bwd_hooks", bwd_hooks))
         for direction, pairs in given:
             if not isinstance(pairs, Iterable) or isinstance(pairs, str):
                 raise HookError(f"{direction}: expected a list of (name, function), got {pairs!r}.")
-        wanted = [
-            (point, direction, fn)
-            for direction, pairs in given
-            for names, fn in map(_checked_pair, pairs)
-            for point in self.select_hooks(names)
-        ]
+        reached, wanted = self.reach(**kwargs), []
+        for direction, pairs in given:
+            for names, fn in map(_checked_pair, pairs):
+                points = self.select_hooks(names)
+                missed = [] if callable(names) else [p.name for p in points if not reached(p.name)]
+                if missed:
+                    raise HookError(
+                        f"hook at {missed[0]}: expected a point between start_at_layer and stop_at_layer, got one that "
+                        "this pass does not reach. Run more layers, or name points of these."
+                    )
+                wanted += [(point, direction, fn) for point in points]
         for fn in {id(fn): fn for _, _, fn in wanted}.values():
             _check_callable(fn)
+        return wanted
+
+    @contextmanager
+    def _attached(self, wanted: list[tuple[HookPoint, str, HookFn]]) -> Iterator[None]:
         try:
             for point, direction, fn in wanted:
                 getattr(point, direction).append(fn)
-            yield self
+            yield
         finally:
             for point, direction, fn in wanted:
                 listeners = getattr(point, direction)
@@ -263,22 +296,25 @@ class HookedModel(nn.Module):
         """`model(tokens, **kwargs)` with hooks attached for this one call.
 
         Backward hooks fire in `backward`, after this call has returned: they stay attached to the graph of this call.
+        Raises HookError for a point given by name that start_at_layer or stop_at_layer leave out; a predicate may
+        accept such points too.
         """
-        with self.hooks(fwd_hooks, bwd_hooks):
+        with self._attached(self._resolved(fwd_hooks, bwd_hooks, **kwargs)):
             return self(tokens, **kwargs)
 
     def run_with_cache(
         self,
         tokens: Tensor,
-        *,
         names_filter: NameFilter | None = None,
+        *,
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:
         """Run and keep activations, detached, moved to `device` if given.
 
         Without a filter every point that costs nothing to read is kept; points with a cost (attention scores,
-        per-expert tensors) are kept when a name or predicate asks for them. `stop_at_layer` ends the run early.
+        per-expert tensors) are kept when a name or predicate asks for them. `stop_at_layer` ends the run early; raises
+        HookError for a name that it leaves out. An `attention_mask` goes by name.
         """
         cache = ActivationCache()
         target = None if device is None else as_device(device)
@@ -290,6 +326,5 @@ class HookedModel(nn.Module):
             x = x.detach() if target is None else x.detach().to(target)
             cache[hook.name] = x.clone() if shared else x
 
-        free = [name for name, point in self.hook_dict.items() if not point.cost]
-        wanted = free if names_filter is None else [point.name for point in self.select_hooks(names_filter)]
+        wanted = names_filter if names_filter is not None else lambda name: not self.hook_dict[name].cost
         return self.run_with_hooks(tokens, fwd_hooks=[(wanted, keep)], **kwargs), cache

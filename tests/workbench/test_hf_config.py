@@ -22,6 +22,11 @@ LLAMA = {
     "vocab_size": 100, "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "mlp_bias": False,
 }  # fmt: skip
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
 
 def changed(base: dict, **changes: object) -> dict:
     return {**copy.deepcopy(base), **changes}
@@ -141,6 +146,16 @@ def test_written_config_reads_back(base: dict) -> None:
             },
             "rope low_freq_factor: expected less than high_freq_factor",
         ),
+        ({"rope_scaling": {**LLAMA3, "original_n_ctx": 64}}, r"rope \(llama3\): expected keys .*got .*original_n_ctx"),
+        (
+            {"rope_scaling": {**without(LLAMA3, "original_max_position_embeddings"), "original_n_ctx": 64}},
+            r"rope \(llama3\): expected keys .*'original_max_position_embeddings'\], got .*original_n_ctx",
+        ),
+        ({"rope_scaling": {"rope_type": 0}}, "rope_type: expected one of .*got 0"),
+        ({"rope_scaling": {"type": ""}}, "rope_type: expected one of .*got ''"),
+        ({"bos_token_id": 100}, "bos_token_id: expected an id below 100, the vocabulary, got 100"),
+        ({"pad_token_id": 100}, "pad_token_id: expected an id below 100, the vocabulary, got 100"),
+        ({"head_dim": None, "hidden_size": 66}, "hidden_size: expected a multiple of 4 heads .*got 66. Add head_dim"),
         ({"eos_token_id": [2, 100]}, "eos_token_id: expected ids below 100, the vocabulary"),
         ({"eos_token_id": "2"}, "eos_token_id: expected a token id or a list of them, got '2'"),
         ({"num_experts": [8]}, r"num_experts: expected a positive integer, got \[8\]"),

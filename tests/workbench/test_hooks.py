@@ -10,6 +10,8 @@ from workbench.errors import HookError
 from workbench.hooks import HookPoint
 from workbench.models import Llama, Qwen3Moe
 
+LAST = "ln_final.hook_normalized"
+
 
 def dims(model: Llama, batch: int, pos: int) -> dict[str, int]:
     cfg = model.cfg
@@ -199,10 +201,58 @@ def test_unknown_names_and_wrong_replacements_are_refused(llama: Llama, tokens: 
         llama.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_resid_pres", lambda x, hook: None)])
     with pytest.raises(HookError, match="predicate that accepts some"):
         llama.run_with_cache(tokens, names_filter=lambda name: False)
-    for wrong in (lambda x, hook: x[:1], lambda x, hook: x.half(), lambda x, hook: 0.0):
+    for wrong in (
+        lambda x, hook: x[:1],
+        lambda x, hook: x.half(),
+        lambda x, hook: 0.0,
+        lambda x, hook: x.to("meta"),
+        lambda x, hook: x.to_sparse(),
+    ):
         with pytest.raises(HookError, match="Return the same shape and dtype"):
             llama.run_with_hooks(tokens, fwd_hooks=[("hook_embed", wrong)])
+    with pytest.raises(HookError, match=r"a tensor \(2, 7, 32\) torch.float32 on cpu, got \(2, 7, 32\) .* on meta\."):
+        llama.run_with_hooks(tokens, fwd_hooks=[("hook_embed", lambda x, hook: x.to("meta"))])
     assert not llama.hook_dict["hook_embed"].listened, "a hook that raised stayed attached"
+
+
+@pytest.mark.parametrize(
+    ("layers", "reached", "missed"),
+    [
+        ({"stop_at_layer": 1}, ["hook_embed", "blocks.0.hook_resid_post"], ["blocks.1.hook_resid_pre", LAST]),
+        ({"start_at_layer": 0}, ["blocks.0.hook_resid_pre", LAST], ["hook_embed"]),
+        ({"start_at_layer": 1}, ["blocks.1.hook_resid_pre", LAST], ["hook_embed", "blocks.0.hook_resid_post"]),
+        ({"stop_at_layer": 3}, ["hook_embed", "blocks.2.hook_resid_post"], [LAST]),
+    ],
+)
+def test_a_point_named_outside_the_pass_is_refused(
+    model: Llama, tokens: Tensor, layers: dict, reached: list[str], missed: list[str]
+) -> None:
+    given = model(tokens, stop_at_layer=layers["start_at_layer"]) if "start_at_layer" in layers else tokens
+    _, cache = model.run_with_cache(given, names_filter=reached, **layers)
+    assert list(cache) == reached
+    for name in missed:
+        message = f"hook at {name}: expected a point between start_at_layer and stop_at_layer"
+        for direction in ("fwd_hooks", "bwd_hooks"):
+            with pytest.raises(HookError, match=message):
+                model.run_with_hooks(given, **{direction: [([reached[0], name], lambda x, hook: None)]}, **layers)
+        with pytest.raises(HookError, match=message):
+            model.run_with_cache(given, names_filter=name, **layers)
+    _, some = model.run_with_cache(given, names_filter=lambda name: name in {*reached, *missed}, **layers)
+    assert list(some) == reached  # a predicate speaks of any pass
+
+
+def test_a_cache_of_a_part_says_that_the_pass_ended_before(model: Llama, tokens: Tensor) -> None:
+    _, cache = model.run_with_cache(tokens, stop_at_layer=1)
+    for read in (lambda: cache["resid_pre", 2], lambda: cache["blocks.2.hook_resid_pre"]):
+        with pytest.raises(HookError, match=r"only if the pass reached it \(start_at_layer, stop_at_layer\)"):
+            read()
+
+
+def test_a_filter_may_stand_second_and_a_mask_may_not(model: Llama, tokens: Tensor) -> None:
+    _, cache = model.run_with_cache(tokens, "hook_embed")
+    assert list(cache) == ["hook_embed"]
+    with pytest.raises(HookError, match="hook names: expected a name, a list of names or a predicate, got tensor"):
+        model.run_with_cache(tokens, torch.ones_like(tokens))
 
 
 @pytest.mark.parametrize("pairs", [["hook_embed"], [("hook_embed",)], [("hook_embed", 3)], [3]])

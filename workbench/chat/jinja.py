@@ -58,7 +58,8 @@ def compile_template(template: str) -> jinja2.Template:
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     # Jinja2's own filter escapes <, > and & for web pages, which would change what the model reads.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    # NaN and infinity are no JSON: refused, as where the built-in format writes a call.
+    return json.dumps(value, ensure_ascii=ensure_ascii, **{"allow_nan": False, **options})
 
 
 def _raise_exception(message: str) -> None:

@@ -78,9 +78,9 @@ Internet access for this session is UNKNOWN. Depends on the cluster.
 
 
 def to_json(value: Any) -> str:
-    """JSON as chat templates write it: characters as they are, keys in their order."""
+    """JSON as chat templates write it: characters as they are, keys in their order. Raises ChatError, for NaN too."""
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ChatError(f"tool data: expected JSON values, got {error}. Convert them first.") from None
 

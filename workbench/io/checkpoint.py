@@ -51,18 +51,29 @@ def raise_problems(what: object, expected: str, problems: list[str], advice: str
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError when it is missing, unreadable or something else."""
+    """A JSON object from a file. Raises CheckpointError when it is missing, unreadable or something else.
+
+    Unreadable is also one that gives a key twice, of which readers take the last, or that is nested too deeply.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a file, got none. Give a complete checkpoint directory.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected readable JSON, got {error}. Download or write it again.") from None
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{path}: expected a JSON object, got {type(value).__name__}. Download or write it again."
         )
     return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} more than once")
+    return found
 
 
 def read_template(directory: Path) -> str | None:
@@ -131,15 +142,16 @@ def _read_indexed(directory: Path) -> dict[str, StoredTensor]:
         )
     shards = sorted(set(index.values()))
     problems = [f"{file}: lies beside the index, which does not name it" for file in _shards_beside(directory, shards)]
+    there = {file.name for file in directory.glob("*.safetensors") if file.is_file()}
     found: dict[str, StoredTensor] = {}
     for file in shards:
         if Path(file).name != file or not file.endswith(".safetensors"):
             problems.append(f"{file}: the index names it, but a shard is a .safetensors file beside the index")
-        elif not (directory / file).is_file():
+        elif file not in there:
             problems.append(f"{file}: the index names it, but there is no such file")
         else:
             found.update(_checked_against_index(directory / file, index, problems))
-    absent = [name for name in index if name not in found and (directory / index[name]).is_file()]
+    absent = [name for name in index if name not in found and index[name] in there]
     problems += [f"{name}: the index places it in {index[name]}, which does not hold it" for name in absent]
     if problems:
         raise_problems(

@@ -28,10 +28,10 @@ def resolve(path_or_name: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_name)
     if name in BUNDLED:
         return _bundled(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves the home of an unknown user as it is written
+    if os.path.isdir(path):  # unlike Path.is_dir, false for a name too long for any file
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise CheckpointError(f"{name}: expected a checkpoint directory, got a file. Give the directory that holds it.")
     if name in FAMILY:
         return _download(FAMILY[name].hub_id)
@@ -42,7 +42,7 @@ def resolve(path_or_name: str | os.PathLike[str]) -> Path:
 
 def model_name(path_or_name: str) -> str:
     """What to call a model in file names and manifests: the last part of a directory's real path, or of a name."""
-    path = Path(path_or_name).expanduser()
+    path = Path(os.path.expanduser(path_or_name))
     return (path.resolve() if path.is_dir() else path).name
 
 

@@ -179,8 +179,16 @@ def _csv_rows(file: Path) -> Rows:
             yield where, {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
         raise PromptError(
-            f"{file}, after row {number}: expected valid CSV, got an error ({error}). Check the quotes there."
+            f"{file}, after row {number}: expected valid CSV, got an error ({error}). {_csv_advice(error)}"
         ) from error
+
+
+def _csv_advice(error: csv.Error) -> str:
+    if "field limit" not in str(error):
+        return "Check the quotes there."
+    return (
+        f"Write texts of more than {csv.field_size_limit():,} characters as .jsonl, or close the quote left open there."
+    )
 
 
 def _parquet_rows(file: Path) -> Rows:

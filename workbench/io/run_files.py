@@ -58,7 +58,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path}: expected a run directory with manifest.json, got none. Check the path.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file}: expected JSON, got {error}. Run the study again in a new directory.") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:

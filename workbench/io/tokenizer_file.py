@@ -40,7 +40,7 @@ def read_spec(data: bytes, source: str) -> dict[str, Any]:
         kind, byte_fallback = spec["model"]["type"], spec["model"].get("byte_fallback")
         pieces = [piece for piece, _ in spec["model"]["vocab"]] if kind == "Unigram" else []
         added = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TokenizerError(f"{source}: expected the JSON of a tokenizer.json, got {error!r}.") from None
     if kind != "Unigram":
         raise TokenizerError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from workbench.hooks import as_device
 from workbench.io.checkpoint import (
     FLOAT_DTYPES,
     GENERATION_FILE,
+    MAX_LISTED,
     StoredTensor,
     raise_problems,
     read_headers,
@@ -46,8 +49,9 @@ def load_model(
     """Load a checkpoint: a bundled model, a directory, a family name or a hub id, see `workbench.io.hub.resolve`.
 
     Weights go shard by shard into the model, whose parameters are allocated once: peak host memory stays within 1.1
-    times the model's bytes. dtype "auto" keeps the dtype that the embedding is stored in. The model comes with
-    `tokenizer` and `chat_template` (None when the checkpoint has none), `stop_ids` and `source`.
+    times the model's bytes. dtype "auto" keeps the dtype that the embedding is stored in, with a warning that names the
+    tensors this rounds. The model comes with `tokenizer` and `chat_template` (None when the checkpoint has none),
+    `stop_ids` and `source`.
 
     experts "int8" or "int4" quantises them as they are read; `model.expert_errors` has the error of each expert, see
     `workbench.io.quantise`. moe_impl "auto" then is triton where that runs.
@@ -64,6 +68,8 @@ def load_model(
     resolved = FLOAT_DTYPES[stored["model.embed_tokens.weight"].dtype] if dtype == "auto" else _as_dtype(dtype)
     kinds = {"moe_impl": moe_impl, "router_dtype": router_dtype, "experts": experts}
     model = build_model(cfg, dtype=resolved, device=_as_device(device), **kinds)
+    if dtype == "auto":
+        _warn_of_rounding(model, table, stored)
     _attach(model, directory, str(path_or_name))
     _fill(model, directory, table, stored, progress)
     return model
@@ -99,6 +105,21 @@ def _check_headers(
     if problems:
         advice = "The config.json belongs to another model, or the checkpoint is incomplete."
         raise_problems(directory, f"the {len(shapes)} tensors of its config.json", sorted(problems), advice)
+
+
+def _warn_of_rounding(model: Llama, table: Mapping[str, Slot], stored: Mapping[str, StoredTensor]) -> None:
+    """Name the tensors that do not fit into the model's dtype; quantised experts are made of what is stored."""
+    params = dict(model.named_parameters())
+    kept = {name: FLOAT_DTYPES[stored[name].dtype] for name, slot in table.items() if slot.param in params}
+    rounded = [name for name, dtype in kept.items() if torch.promote_types(dtype, model.dtype) != model.dtype]
+    if rounded:
+        more = f" and {len(rounded) - MAX_LISTED} more" if len(rounded) > MAX_LISTED else ""
+        exact = str(reduce(torch.promote_types, kept.values())).removeprefix("torch.")
+        warnings.warn(
+            f"dtype auto: expected all tensors in the embedding's {model.dtype}, got {len(rounded)} to be "
+            f"rounded to it: {', '.join(rounded[:MAX_LISTED])}{more}. Pass dtype={exact!r} to keep them as they are.",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

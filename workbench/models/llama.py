@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,10 +128,30 @@ class Llama(HookedModel):
             cache.advance(x.shape[1])
         return x if stop_at_layer is not None else self.unembed(self.ln_final(x))
 
+    def reach(
+        self, start_at_layer: int | None = None, stop_at_layer: int | None = None, **kwargs: Any
+    ) -> Callable[[str], bool]:
+        """Which hook points a pass between these layers gets to, by name. Raises ShapeError as such a pass would."""
+        first, last = self._layer_range(start_at_layer, stop_at_layer)
+
+        def reached(name: str) -> bool:
+            if name.startswith("blocks."):
+                return first <= self.hook_dict[name].layer() < last
+            return start_at_layer is None if name == "hook_embed" else stop_at_layer is None
+
+        return reached
+
     def to_tokens(self, text: str | Sequence[str], bos: bool = True) -> Tensor:  # [batch pos]
-        """Token ids of one text or several of equal length. Raises ShapeError when they differ in length."""
+        """Token ids of one text or several of equal length, each behind `<|startoftext|>` unless `bos` is False.
+
+        The default is that of a prompt of its own, as documents were in pre-training; a rendered chat, which has none,
+        goes through `workbench.chat`, and `model.tokenizer.to_tokens` leaves no default. Raises ShapeError when the
+        texts differ in length.
+        """
         if self.tokenizer is None:
             raise ConfigError("tokenizer: expected one, got a model without. Load a checkpoint that has it.")
+        if not isinstance(text, Iterable):
+            raise ShapeError(f"texts: expected a text or a list of them, got {text!r}. Pass strings.")
         rows = [self.tokenizer.to_tokens(one, bos=bos) for one in ([text] if isinstance(text, str) else text)]
         if len({len(row) for row in rows}) != 1:
             raise ShapeError(
@@ -174,10 +194,12 @@ class Llama(HookedModel):
         return first, last
 
     def _residual(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.cfg.d_model or x.dtype != self.dtype:
+        d_model, fits = self.cfg.d_model, isinstance(x, Tensor) and x.ndim == 3 and x.numel() > 0
+        if not fits or x.shape[-1] != d_model or x.dtype != self.dtype:
+            got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise ShapeError(
-                f"start_at_layer: expected a residual stream [batch pos {self.cfg.d_model}] {self.dtype}, "
-                f"got {tuple(x.shape)} {x.dtype}. Pass what stop_at_layer returned."
+                f"start_at_layer: expected a residual stream [batch pos {d_model}] {self.dtype}, got {got}. "
+                "Pass what stop_at_layer returned."
             )
         x = x.to(self.device)
         # a hook may edit in place, and this is the caller's tensor

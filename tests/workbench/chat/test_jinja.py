@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workbench.chat import Message, render
+from workbench.chat import Message, ToolCall, render
 from workbench.errors import ChatError
 
 USER = [Message("user", "<日本> & 'x'")]
@@ -19,6 +19,14 @@ def test_tojson_takes_the_arguments_of_json_dumps() -> None:
     assert render(USER, template="{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=True, sort_keys=True) }}") == (
         r'{"a": 1, "b": "\u00e9"}'
     )
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[1].tool_calls[0].function.arguments | tojson }}"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_json_does_not_have_are_refused(template: str | None, value: float) -> None:
+    call = Message("assistant", tool_calls=(ToolCall("f", {"x": value}),))
+    with pytest.raises(ChatError, match="Out of range float values are not JSON compliant"):
+        render([*USER, call], template=template)
 
 
 def test_the_date_reaches_both_ways_of_asking_for_it() -> None:

@@ -53,6 +53,12 @@ def test_an_index_cannot_point_outside_its_directory(sharded: Path) -> None:
         load_model(sharded)
 
 
+def test_an_index_cannot_name_what_no_file_is_called(sharded: Path) -> None:
+    edit_json(sharded / checkpoint.INDEX_FILE, lambda i: i["weight_map"].update({Q_PROJ: f"{'x' * 5000}.safetensors"}))
+    with pytest.raises(CheckpointError, match="the index names it, but there is no such file"):
+        load_model(sharded)
+
+
 def test_an_index_without_a_map_is_refused(sharded: Path) -> None:
     (sharded / checkpoint.INDEX_FILE).write_text("{}")
     with pytest.raises(CheckpointError, match="expected a weight_map of names to files"):
@@ -94,7 +100,12 @@ def test_a_directory_without_weights_is_refused(one_file: Path) -> None:
 
 
 def test_config_json_must_be_a_readable_object(one_file: Path) -> None:
-    for text, match in [("{", "expected readable JSON"), ("[1]", "expected a JSON object, got list")]:
+    for text, match in [
+        ("{", "expected readable JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"hidden_size": 64, "hidden_size": 32}', "expected readable JSON, got 'hidden_size' more than once"),
+        ("[" * 100_000, "expected readable JSON, got maximum recursion depth"),
+    ]:
         (one_file / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=match):
             load_model(one_file)

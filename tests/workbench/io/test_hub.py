@@ -35,6 +35,8 @@ def test_bundled_names_mean_the_repository(moe: Llama, tmp_path: Path, monkeypat
         ("llm-jp-4-8b-bas", "Did you mean llm-jp-4-8b-base"),
         ("entirely-else-123", "Known names: nano-moe-base"),
         ("./llm-jp-4-8b-base", "Did you mean llm-jp-4-8b-base"),
+        ("~nobody-by-this-name/x", "expected a directory or a model name, got neither"),
+        ("x" * 5000, "expected a directory or a model name, got neither"),
         ("/no/such/directory", "expected a directory or a model name, got neither"),
         (Path("org/name"), "expected a directory or a model name, got neither"),
         ("a/b/c", "expected a directory or a model name, got neither"),

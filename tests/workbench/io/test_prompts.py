@@ -259,6 +259,11 @@ class TestBadRows:
                 'g1,ja,food,a\ng1,en,food,"b\n',
                 ", after row 1: expected valid CSV, got an error (unexpected end of data). Check the quotes there.",
             ),
+            (
+                f"g1,ja,food,a\ng1,en,food,{'b' * 131_073}\n",
+                ", after row 1: expected valid CSV, got an error (field larger than field limit (131072)). "
+                "Write texts of more than 131,072 characters as .jsonl, or close the quote left open there.",
+            ),
             ("", ": expected at least one prompt, got none. Add rows, or pass another file."),
         ],
     )

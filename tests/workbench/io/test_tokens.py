@@ -247,6 +247,8 @@ def test_files_that_would_give_wrong_ids_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(TokenizerError, match=message):
             Tokenizer.from_file(write(tmp_path, spec))
+    with pytest.raises(TokenizerError, match=r"expected the JSON of a tokenizer.json, got RecursionError"):
+        Tokenizer(b"[" * 100_000)
 
 
 def test_what_is_no_tokenizer_file_is_refused(tmp_path: Path) -> None:

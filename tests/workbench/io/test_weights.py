@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -400,6 +401,21 @@ before = memory("VmRSS")
 model = load_model(sys.argv[2], dtype=sys.argv[3])
 print((memory("VmHWM") - before) / sum(param.nbytes for param in model.parameters()))
 """
+
+
+def test_what_the_dtype_of_the_embedding_rounds_is_named(moe: Llama, tmp_path: Path) -> None:
+    path = save_model(moe.bfloat16(), tmp_path / "mixed")
+    router = "model.layers.0.mlp.gate.weight"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(path)
+    edit_tensors(path, lambda tensors: tensors.update({router: tensors[router].float() + 1e-4}))
+    with pytest.warns(UserWarning, match=rf"dtype auto: .*torch.bfloat16, got 1 .*: {router}\. Pass dtype='float32'"):
+        load_model(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(path, dtype="float32")
+        load_model(path, dtype="bfloat16")  # asked for
 
 
 @pytest.mark.slow

@@ -180,8 +180,21 @@ def test_input_that_does_not_fit_is_named(llama: Llama, tokens: Tensor, mask: Te
 def test_layers_that_do_not_exist_are_named(llama: Llama, tokens: Tensor) -> None:
     with pytest.raises(ShapeError, match="expected 0 <= start <= stop <= 3, got None, 4"):
         llama(tokens, stop_at_layer=4)
-    with pytest.raises(ShapeError, match=r"start_at_layer: expected a residual stream \[batch pos 32\]"):
-        llama(tokens, start_at_layer=1)
+    for given, got in [
+        (tokens, r"\(2, 7\) torch.int64"),
+        (tokens.tolist(), "list"),
+        (None, "NoneType"),
+        (torch.zeros(0, 7, 32), r"\(0, 7, 32\)"),
+        (torch.zeros(2, 0, 32), r"\(2, 0, 32\)"),
+    ]:
+        with pytest.raises(ShapeError, match=rf"start_at_layer: expected a residual stream \[batch pos 32\] .*{got}"):
+            llama(given, start_at_layer=1)
+
+
+def test_what_is_no_text_has_no_tokens(llama: Llama) -> None:
+    llama.tokenizer = object()
+    with pytest.raises(ShapeError, match="texts: expected a text or a list of them, got 5"):
+        llama.to_tokens(5)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.bool, torch.complex64])
