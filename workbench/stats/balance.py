@@ -147,11 +147,14 @@ def _shares(slots: Floats) -> Floats:  # [... expert] -> [... expert]
 
 
 def auxiliary_loss(counts: pl.DataFrame, n_experts: int, unit: str = "group_id") -> pl.DataFrame:
-    """E sum q^2, the load part of the Switch auxiliary loss (arXiv 2101.03961), by layer and pooled: one row per scope.
+    """Load concentration E sum q^2, by layer and pooled: one row per scope.
+
+    q: shares of the token-slots. No training loss: that of Switch (arXiv 2101.03961) is E sum f P with the mean router
+    probabilities P, which are not looked at here.
 
     counts: `load.slot_counts` by [unit] of one condition. Columns scope, value, low, high (delete-a-group jackknife
-    over units), null (1, perfectly even; E / k is the worst), n_units. Scopes: one per layer ("layer 3"), "mean of
-    layers", and "pooled", which sums the loads of all layers before squaring, as transformers'
+    over units, from 1 on), null (1, perfectly even; E / k is the worst), n_units. Scopes: one per layer ("layer 3"),
+    "mean of layers", and "pooled", which sums the loads of all layers before squaring, as transformers'
     load_balancing_loss_func does. Expert 5 of one layer has nothing to do with expert 5 of another, so pooling lets
     their imbalances cancel: models with a mean of 3.6 and of 1.5 both pool to 1.00. Never report the pooled value as
     balance.
@@ -160,14 +163,14 @@ def auxiliary_loss(counts: pl.DataFrame, n_experts: int, unit: str = "group_id")
     layers = counts["layer"].unique().sort().to_list()
     cube = _slots_cube(counts, layers, n_experts, unit)  # [unit layer expert]
 
-    def losses(kept: NDArray[np.bool_]) -> Floats:  # [layer + 2]
+    def concentration(kept: NDArray[np.bool_]) -> Floats:  # [layer + 2]
         q = _shares(cube[kept].sum(0))
         each = n_experts * (q**2).sum(-1)
         return np.array([*each, each.mean(), n_experts * (q.mean(0) ** 2).sum()])
 
-    value, low, high = block_jackknife(losses, len(cube))
+    value, low, high = block_jackknife(concentration, len(cube))
     scopes = [*(f"layer {layer}" for layer in layers), "mean of layers", "pooled"]
-    columns = {"scope": scopes, "value": value, "low": low, "high": high}
+    columns = {"scope": scopes, "value": value, "low": np.maximum(low, 1), "high": high}
     return pl.DataFrame(columns).with_columns(null=pl.lit(1.0), n_units=pl.lit(len(cube)))
 
 
@@ -256,8 +259,8 @@ def margin_summary(
     The margin is the k-th minus the (k+1)-th router logit. ties: share of tokens with margin 0, whose choice is
     arbitrary; near_<eps>: share below eps, which numerical noise of that size may flip (bfloat16 runs differ by 0.1 to
     0.6 logits, arXiv 2606.03780); mass: mean probability of the k chosen together. Intervals: 95%, delete-a-group
-    jackknife over units, which holds for quantiles too while blocks are large (Shao & Wu 1989). No null: a description.
-    Empty when all experts are chosen.
+    jackknife over units, which holds for quantiles too while blocks are large (Shao & Wu 1989), those of shares within
+    [0, 1]. No null: a description. Empty when all experts are chosen.
     """
     wanted = dict.fromkeys([unit, *by])
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).select("doc_id", "pos", *wanted).collect()
@@ -284,5 +287,7 @@ def margin_summary(
     numbers = block_jackknife(summary, int(owner.max(initial=-1)) + 1)
     labelled = zip(("", "_low", "_high"), numbers, strict=True)
     found = {f"{name}{end}": part[:, place] for end, part in labelled for place, name in enumerate(names)}
+    shares = [name for name in found if not name.startswith(("median", "q05"))]  # the two are logits
+    found |= {name: np.clip(found[name], 0, 1) for name in shares}
     ordered = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
     return cells.with_columns(**{name: pl.Series(found[name]) for name in ordered}).select(*keys, *ordered, *sizes)

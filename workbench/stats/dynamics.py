@@ -113,21 +113,22 @@ def local_consistency(
 ) -> pl.DataFrame:
     """Segment routing best performance (arXiv 2505.16056): how well a fixed set of experts serves m tokens in a row.
 
-    Documents are cut into segments of m tokens (what is left over is dropped); c is how many tokens of a segment chose
-    an expert. An expert is loaded for a segment if c >= tau; F1(tau) = 2 sum c[c >= tau] / (m #[c >= tau] + sum c), SRP
-    = max over tau, one tau per layer. Columns layer, m, srp, low, high, null, tau, n_segments, n_groups. Interval:
-    delete-a-group jackknife over groups; null: the same with the tokens of all documents shuffled, which keeps the load
-    alone.
+    Stretches of tokens in a row, which neither a gap in pos nor a change of segment_index (where that column is)
+    interrupts, are cut into segments of m tokens (what is left over is dropped); c is how many tokens of a segment
+    chose an expert. An expert is loaded for a segment if c >= tau; F1(tau) = 2 sum c[c >= tau] / (m #[c >= tau] + sum
+    c), SRP = max over tau, one tau per layer. Columns layer, m, srp, low, high, null, tau, n_segments, n_groups.
+    Interval: delete-a-group jackknife over groups; null: the same with the tokens of all documents shuffled, which
+    keeps the load alone.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).sort("doc_id", "pos").collect()
     layers, ids = token_array(kept, routing)
     if ids.size:
         check_choices(ids, n_experts)
-    doc, group = codes(kept["doc_id"]), codes(kept["group_id"])
+    stretch, group = _stretches(kept), codes(kept["group_id"])
     rng = np.random.default_rng(seed)
     rows = []
     for m in lengths:
-        blocks = _blocks(doc, m)  # [segment m]
+        blocks = _blocks(stretch, m)  # [segment m]
         if not len(blocks):
             continue
         segment_group = np.unique(group[blocks[:, 0]], return_inverse=True)[1]
@@ -144,10 +145,17 @@ def local_consistency(
     return pl.DataFrame(rows, schema=names, orient="row")
 
 
-def _blocks(doc: Ints, m: int) -> Ints:
-    """Rows of the segments of m tokens of every document: [segment m]."""
-    start = np.flatnonzero(np.diff(doc, prepend=-1))
-    size = np.diff(np.append(start, len(doc)))
+def _stretches(kept: pl.DataFrame) -> Ints:
+    """A number for every row, another one wherever the document or its segment changes or positions are missing."""
+    keys = [name for name in ("doc_id", "segment_index") if name in kept.columns]
+    part, pos = codes(kept.select(keys)), kept["pos"].cast(pl.Int64).to_numpy()
+    return np.cumsum((np.diff(part, prepend=-1) != 0) | (np.diff(pos, prepend=-1) != 1))
+
+
+def _blocks(stretch: Ints, m: int) -> Ints:
+    """Rows of the segments of m tokens of every stretch: [segment m]."""
+    start = np.flatnonzero(np.diff(stretch, prepend=-1))
+    size = np.diff(np.append(start, len(stretch)))
     firsts = [first + np.arange(0, n - m + 1, m) for first, n in zip(start, size, strict=True) if n >= m]
     return np.concatenate(firsts)[:, None] + np.arange(m) if firsts else np.zeros((0, m), dtype=np.int64)
 

@@ -13,7 +13,7 @@ from workbench.stats.resampling import sign_flip_max_t, t_interval
 
 # How a line of reasoning turns, after the labels of arXiv 2506.18167 and the anchors of 2505.14681.
 SWITCHES = (
-    "しかし", "待って", "別の", "つまり", "ところが", "一方", "でも", "もう一度",
+    "しかし", "待って", "別の", "つまり", "ところが", "一方", "でも", "もう一度", "確かめ", "確認", "見直",
     "wait", "alternatively", "however", "but", "hmm", "actually", "instead", "let me check",
 )  # fmt: skip
 _ENDS = ("。", "．", ".", "!", "?", "！", "？", "\n")
@@ -74,53 +74,65 @@ def event_average(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pl.DataFrame:
-    """Mean of a column around events, less that around control positions of the same groups: one row per layer, offset.
+    """Mean of a column around events, less that around controls of the same document: one row per layer and offset.
 
     values: doc_id, pos, layer and `value` (turnover or velocity of `dynamics.token_motion`, router_entropy of the
     routing ...). Columns layer, offset (-reach .. reach), event, control, difference, low, high (95%, t over
-    groups), t, p_adjusted (sign flips over groups, max-T over all layers and offsets), n_events, n_controls, n_groups,
-    n_tests. Mean over a group's events first, then over groups that have both. Null: an event is like any control.
-    No row where no group has both. Event-triggered averages with controls of the same document are this project's;
-    which sentences are events follows arXiv 2506.18167.
+    groups), t, p_adjusted (sign flips over groups, max-T over all layers and offsets), n_events, n_controls (of that
+    row), n_groups, n_tests. The mean of a document's events less that of its controls, then the mean over a group's
+    documents, then over groups. A document without both is left out, and so is an event or control without a value at
+    every layer and offset that the two share anywhere, so that the same ones stand behind every row. Null: an event is
+    like any control of its document. No row where no document has both. Event-triggered averages with controls of the
+    same document are this project's; which sentences are events follows arXiv 2506.18167.
     """
     groups = tokens.lazy().select("doc_id", "group_id").unique().collect()
-    around = [_around(values, part, value, reach).join(groups, on="doc_id") for part in (events, controls)]
+    sides = _whole_windows(*(_around(values, part, value, reach) for part in (events, controls)))
     means = [
-        part.group_by("group_id", "layer", "offset").agg(pl.col(value).mean().alias(name))
-        for part, name in zip(around, ("event", "control"), strict=True)
+        part.group_by("doc_id", "layer", "offset").agg(pl.col(value).mean().alias(name), pl.len().alias(f"n_{name}s"))
+        for part, name in zip(sides, ("event", "control"), strict=True)
     ]
-    both = means[0].join(means[1], on=["group_id", "layer", "offset"]).drop_nulls()
-    # a family of tests needs the same groups in every cell
-    n_cells = both.select("layer", "offset").n_unique()
-    complete = both.filter(pl.len().over("group_id") == n_cells).sort("group_id", "layer", "offset")
-    cells = complete.select("layer", "offset").unique().sort("layer", "offset")
-    n_groups = complete["group_id"].n_unique()
-    event, control = (complete[name].to_numpy().reshape(n_groups, len(cells)) for name in ("event", "control"))
-    difference = event - control
-    if n_groups == 0:
-        numbers = ("event", "control", "difference", "low", "high", "t", "p_adjusted")
-        sizes = ("n_events", "n_controls", "n_groups", "n_tests")
-        return cells.with_columns(
-            *(pl.lit(None, pl.Float64).alias(name) for name in numbers), *(pl.lit(0).alias(name) for name in sizes)
-        )
-    low, high = t_interval(difference)
-    t, p_adjusted = sign_flip_max_t(difference, n_resamples, seed)
-    return cells.with_columns(
-        event=pl.Series(event.mean(0)), control=pl.Series(control.mean(0)), difference=pl.Series(difference.mean(0)),
-        low=pl.Series(low), high=pl.Series(high), t=pl.Series(t), p_adjusted=pl.Series(p_adjusted),
-        n_events=pl.lit(len(events)), n_controls=pl.lit(len(controls)), n_groups=pl.lit(n_groups),
-        n_tests=pl.lit(len(cells)),
-    )  # fmt: skip
+    both = means[0].join(means[1], on=["doc_id", "layer", "offset"]).join(groups, on="doc_id").sort("doc_id")
+    units = both.group_by("group_id", "layer", "offset", maintain_order=True).agg(
+        pl.col("event", "control").mean(), pl.col("n_events", "n_controls").sum()
+    )
+    return _over_groups(units.sort("group_id", "layer", "offset"), n_resamples, seed)
 
 
 def _around(values: pl.DataFrame, events: pl.DataFrame, value: str, reach: int) -> pl.DataFrame:
-    """The values at every offset from every event: columns doc_id, layer, offset, value."""
+    """The values at every offset from every event: columns doc_id, number (of the event), layer, offset, value."""
     offsets = np.arange(-reach, reach + 1)
     n = len(events)
-    at = events.select("doc_id", "pos")[np.repeat(np.arange(n), len(offsets))]
+    number = np.repeat(np.arange(n), len(offsets))
+    at = events.select("doc_id", "pos")[number].with_columns(number=pl.Series(number, dtype=pl.Int64))
     at = at.with_columns(offset=pl.Series(np.tile(offsets, n))).with_columns(pos=pl.col("pos") + pl.col("offset"))
     at = at.with_columns(pl.col("pos").cast(values.schema["pos"]))
-    return at.join(values.select("doc_id", "pos", "layer", value), on=["doc_id", "pos"]).drop("pos")
+    known = values.select("doc_id", "pos", "layer", value).drop_nulls(value)
+    return at.join(known, on=["doc_id", "pos"]).drop("pos")
+
+
+def _whole_windows(events: pl.DataFrame, controls: pl.DataFrame) -> list[pl.DataFrame]:
+    """Those with a value in every cell (layer, offset) that events and controls of some document have in common."""
+    place, cell = ["doc_id", "layer", "offset"], ["layer", "offset"]
+    cells = events.select(place).join(controls.select(place), on=place, how="semi").select(cell).unique()
+    shared = [part.join(cells, on=cell, how="semi") for part in (events, controls)]
+    return [part.filter(pl.len().over("number") == len(cells)) for part in shared]
+
+
+def _over_groups(units: pl.DataFrame, n_resamples: int, seed: int) -> pl.DataFrame:
+    """Rows of `event_average` from those of the groups, each of which has every cell once, in order."""
+    cells = units.group_by("layer", "offset").agg(pl.col("n_events", "n_controls").sum().cast(pl.Int64))
+    cells, n_groups = cells.sort("layer", "offset"), units["group_id"].n_unique()
+    event, control = (units[name].to_numpy().reshape(n_groups, len(cells)) for name in ("event", "control"))
+    difference = event - control
+    low, high = t_interval(difference)
+    t, p_adjusted = sign_flip_max_t(difference, n_resamples, seed)
+    means = (part.sum(0) / max(n_groups, 1) for part in (event, control, difference))
+    numbers = dict(zip(("event", "control", "difference"), means, strict=True))
+    numbers |= {"low": low, "high": high, "t": t, "p_adjusted": p_adjusted}
+    return cells.select(
+        "layer", "offset", *(pl.Series(name, part, dtype=pl.Float64) for name, part in numbers.items()),
+        "n_events", "n_controls", n_groups=pl.lit(n_groups), n_tests=pl.lit(len(cells)),
+    )  # fmt: skip
 
 
 def timeline(

@@ -24,14 +24,17 @@ def paths(
     delete-a-group jackknife over units, for the lift with half a token added to both counts. Intervals are of single
     paths: those that chance brought to the top of the list would come out lower in other text.
 
-    about: path_entropy and markov_entropy in bits (a path that depended on the previous layer only would have the
-    latter), max_entropy, entropy_rate (per layer), n_paths, n_tokens, n_docs. Entropies are plug-in and too low where
-    paths are many: compare equal amounts of text (idea of arXiv 2604.17837). path_entropy_low, _high,
-    markov_entropy_low, _high: delete-a-group jackknife over units. Null: a layer's choice depends on the layer before
-    alone, so tokens that meet at an expert may exchange what follows; null_entropy, null_low, null_high: mean and 2.5%
-    and 97.5% quantiles of the path entropy of `n_draws` such exchanges, which is as much too low as the one found and
-    keeps every transition; p: share of exchanges at most as high. Tokens are exchanged alone, so what documents repeat
-    counts as structure.
+    about: one row. Tokens of a text are no independent draws: a word that comes again takes its path again. So every
+    path counts once per unit in all entropies and exchanges, n_distinct in sum (in other units it counts again).
+    path_entropy and markov_entropy in bits (a path that depended on the previous layer only would have the latter),
+    max_entropy (log2 n_distinct), entropy_rate (per layer), n_paths, n_distinct, n_tokens, n_docs. Entropies are
+    plug-in and too low where paths are many, by an amount that leaving out units does not show: they have no interval;
+    compare equal amounts of text (idea of arXiv 2604.17837). Null: a layer's choice depends on the layer before alone,
+    so paths that meet at an expert may exchange what follows; null_entropy, null_low, null_high: mean and 2.5% and
+    97.5% quantiles of the path entropy of `n_draws` such exchanges, which keep every transition; p: share of exchanges
+    at most as high. excess = null_entropy - path_entropy, in bits: what the layer before does not explain, since the
+    bias of many paths is in both. An exchange may give a unit a path twice, which lowers the null where a unit has most
+    of its possible paths: there excess may be below 0, and p errs towards 1.
     """
     kept = tokens.lazy().filter(pl.col("segment").is_in(segments)).collect()
     _, ids = token_array(kept, routing)
@@ -39,8 +42,9 @@ def paths(
     first = ids[:, :, 0].astype(np.int64)  # [token layer]
     owner = codes(kept[unit])
     table = _table(first, codes(kept["doc_id"]), owner, n)
-    about = _about(first, owner, n_draws, seed).with_columns(
-        n_paths=pl.lit(len(np.unique(_path_codes(first)))), n_tokens=pl.lit(len(first)),
+    once = _once(first, owner)
+    about = _about(once, n_draws, seed).with_columns(
+        n_paths=pl.lit(len(np.unique(_path_codes(first)))), n_distinct=pl.lit(len(once)), n_tokens=pl.lit(len(first)),
         n_docs=pl.lit(kept["doc_id"].n_unique()),
     )  # fmt: skip
     return table, about
@@ -74,31 +78,38 @@ def _table(first: Ints, document: Ints, owner: Ints, n: int) -> pl.DataFrame:
     )
 
 
-def _about(first: Ints, owner: Ints, n_draws: int, seed: int) -> pl.DataFrame:
-    numbers = block_jackknife(lambda units: _path_entropies(first[units[owner]]), int(owner.max()) + 1)
-    drawn = _shuffled_entropies(first, n_draws, np.random.default_rng(seed))
-    facts: dict[str, float] = {}
-    for place, name in enumerate(("path_entropy", "markov_entropy")):
-        facts |= {f"{name}{end}": float(part[place]) for end, part in zip(("", "_low", "_high"), numbers, strict=True)}
-    facts |= {
+def _once(first: Ints, owner: Ints) -> Ints:
+    """Every path of a unit once: [token layer] -> [distinct layer]."""
+    return first[np.sort(np.unique(np.stack([owner, _path_codes(first)], axis=1), axis=0, return_index=True)[1])]
+
+
+def _about(once: Ints, n_draws: int, seed: int) -> pl.DataFrame:
+    entropy, markov = _path_entropies(once)
+    drawn = _shuffled_entropies(once, n_draws, np.random.default_rng(seed))
+    facts = {
+        "path_entropy": float(entropy),
+        "markov_entropy": float(markov),
         "null_entropy": float(drawn.mean()),
         "null_low": float(np.quantile(drawn, 0.025)),
         "null_high": float(np.quantile(drawn, 0.975)),
-        "p": (1 + int((drawn <= facts["path_entropy"]).sum())) / (1 + n_draws),
-        "max_entropy": float(np.log2(len(first))),
-        "entropy_rate": facts["path_entropy"] / first.shape[1],
+        "excess": float(drawn.mean() - entropy),
+        "p": (1 + int((drawn <= entropy).sum())) / (1 + n_draws),
+        "max_entropy": float(np.log2(len(once))),
+        "entropy_rate": float(entropy) / once.shape[1],
     }
-    return pl.DataFrame([facts]).with_columns(pl.col(pl.Float64).fill_nan(None))
+    # null until its one reader, the remarks of the report, asks for no interval
+    unknown = [pl.lit(None, pl.Float64).alias(f"path_entropy_{end}") for end in ("low", "high")]
+    return pl.DataFrame([facts]).with_columns(pl.col(pl.Float64).fill_nan(None), *unknown)
 
 
-def _path_entropies(first: Ints) -> Floats:  # [token layer] -> path entropy and Markov entropy, bits
+def _path_entropies(first: Ints) -> Floats:  # [path layer] -> path entropy and Markov entropy, bits
     counts, where = np.unique(_path_codes(first), return_index=True, return_counts=True)[1:][::-1]
     share = counts / len(first)
     return np.array([_bits(share), -(share * np.log2(_markov_share(first, first[where]))).sum()])
 
 
 def _shuffled_entropies(first: Ints, n_draws: int, rng: np.random.Generator) -> Floats:
-    """Path entropies when the tokens that meet at an expert exchange what comes after it, at every layer between."""
+    """Path entropies when the paths that meet at an expert exchange what comes after it, at every layer between."""
     found = np.empty(n_draws)
     for draw in range(n_draws):
         path = first.copy()

@@ -16,12 +16,12 @@ VALUES = ("router_entropy", "turnover")
 
 
 def event_frames(run: Run, tokens: pl.DataFrame) -> Frames:
-    """events (every layer) and events_mean (layer 0: the mean over layers); none without a group that has both an event
-    and a control.
+    """events (every layer) and events_mean (layer 0: the mean over layers); none without a document that has both an
+    event and a control.
 
     Rows of `stats.event_average` for each of VALUES (column value) and each turn (column turn): "final begins" (from
     its first token on: headers come before it) and "thought switch", both against the other sentence starts of the
-    thinking of the same groups.
+    thinking of the same document.
     """
     turns = turns_of(tokens)
     if not turns:

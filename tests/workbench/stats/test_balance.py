@@ -142,3 +142,28 @@ def test_the_interval_of_near_ties_holds_as_often_as_it_says(draw) -> None:
         covered = [one[f"{name}_low"] <= truth[name] <= one[f"{name}_high"] for one in found]
         assert np.mean(covered) >= 0.85
     assert found[0]["n_units"] == 30
+
+
+def test_intervals_of_shares_end_at_0_and_1(draw) -> None:
+    """Ties in one of 20 groups, and close choices in all but one: the plain intervals pass 0 and 1."""
+    tokens, routing = draw(n_groups=20, n_tokens=10, n_layers=1, n_experts=8, k=2, seed=0)
+    first, last = (pl.col("doc_id").str.starts_with(group) for group in ("0000", "0019"))
+    routing = routing.with_columns(
+        router_margin=pl.when(first).then(0.0).when(last).then(9.0).otherwise(0.05),
+        router_mass=pl.when(last).then(0.2).otherwise(1.0),
+    )
+    found = margin_summary(tokens, routing).row(0, named=True)
+    assert (found["ties_low"], found["near_0.01_low"], found["near_0.1_high"], found["mass_high"]) == (0, 0, 1, 1)
+    assert found["ties"] == 0.05 < found["ties_high"] < 1
+    logits = margin_summary(tokens, routing.with_columns(pl.col("router_margin") + 30)).row(0, named=True)
+    assert logits["median_high"] > 30  # no share
+
+
+def test_a_concentration_is_never_below_that_of_an_even_load(draw) -> None:
+    tables = [
+        auxiliary_loss(slot_counts(*draw(6, 12, 3, 8, 2, seed, spread=0.0), ["group_id"]), 8) for seed in range(10)
+    ]
+    for table in tables:
+        assert (table["low"] >= 1).all()
+        assert (table["low"] <= table["value"]).all()
+    assert any((table["low"] == 1).any() for table in tables)  # the plain interval passes 1

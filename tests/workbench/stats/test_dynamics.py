@@ -90,6 +90,27 @@ def test_srp_by_hand_and_its_limits(routed) -> None:
     assert local_consistency(*constant, 16)["srp"].to_list() == pytest.approx([1.0] * 3)  # 256 is longer than any text
 
 
+@pytest.mark.parametrize("headers", [3, 0])
+def test_segments_of_m_tokens_jump_over_no_header(headers: int) -> None:
+    """Six tokens of expert 0, then, with or without a header between, six of another message and of expert 1."""
+    n = 12 + headers
+    tokens = pl.DataFrame(
+        {
+            "doc_id": "a", "group_id": "a", "pos": range(n),
+            "segment": ["user"] * 6 + ["control"] * headers + ["final"] * 6,
+            "segment_index": [0] * 6 + [1] * headers + [2] * 6,
+        }
+    )  # fmt: skip
+    expert = (pl.col("segment") == "final").cast(pl.Int64)
+    routing = tokens.select("doc_id", "pos", layer=pl.lit(0), expert_ids=pl.concat_list(expert))
+    found = local_consistency(tokens, routing, 2, lengths=(4, 8)).row(0, named=True)
+    assert (found["m"], found["srp"], found["n_segments"]) == (4, 1.0, 2)
+    assert local_consistency(tokens, routing, 2, lengths=(8,)).is_empty()
+    if headers:
+        gap = local_consistency(tokens.drop("segment_index"), routing, 2, lengths=(4,)).row(0, named=True)
+        assert (gap["srp"], gap["n_segments"]) == (1.0, 2)
+
+
 def test_documents_with_a_taste_are_more_consistent_than_their_load(routed) -> None:
     def taste(rng, words):
         return np.broadcast_to(rng.normal(0, 2, (len(words), 1, 1, 16)), (*words.shape, 1, 16))

@@ -34,6 +34,15 @@ def test_sentences_and_switches_in_both_languages() -> None:
     assert others["pos"].to_list() == [12, 18]
 
 
+def test_a_sentence_that_checks_is_a_switch_and_no_control() -> None:
+    starts = ["確か", "確認", "見直", "答え"]
+    tokens = conversation(["x", "。", "確か", "めよう", "。", "確認", "する", "。", "見直", "す", "。", "答え", "は"])
+    assert len(sentence_starts(tokens)) == len(starts)
+    events, others = thought_switches(tokens)
+    assert events.select("pos", "event").rows() == [(2, "確かめ"), (5, "確認"), (8, "見直")]
+    assert others["pos"].to_list() == [11]
+
+
 def test_a_word_that_only_begins_alike_is_no_switch() -> None:
     events, others = thought_switches(conversation(["a", ".", " But", "ter", " is", ".", " But", " no"]))
     assert events["pos"].to_list() == [6]
@@ -77,7 +86,47 @@ def test_groups_that_lack_part_of_the_window_are_left_out() -> None:
     late = pl.concat([events[:10], events[10:].with_columns(pos=pl.lit(98, dtype=pl.Int64))])
     found = event_average(values, tokens, late, controls, "x", reach=8)
     assert found["n_groups"].unique().to_list() == [10]
-    assert event_average(values, tokens, events[:0], controls, "x").is_empty()
+    none = event_average(values, tokens, events[:0], controls, "x")
+    assert none.is_empty()
+    assert none.schema == found.schema
+
+
+def test_an_event_is_compared_with_its_own_document() -> None:
+    """Each group has a document of events and controls, and another, of a higher level, of controls alone."""
+    values, tokens, events, controls = planted(0.0)
+    other = [
+        frame.with_columns(doc_id=pl.col("doc_id") + "-high").with_columns(**changed)
+        for frame, changed in ((values, {"x": pl.col("x") + 5}), (tokens, {}), (controls, {}))
+    ]
+    both = [pl.concat(pair) for pair in zip((values, tokens, controls), other, strict=True)]
+    found = event_average(both[0], both[1], events, both[2], "x", reach=8)
+    assert found.equals(event_average(values, tokens, events, controls, "x", reach=8))
+    assert set(found["n_controls"]) == {24}
+    assert not (found["p_adjusted"] <= 0.05).any()
+
+
+def test_documents_of_a_group_weigh_equally() -> None:
+    tokens = pl.DataFrame({"doc_id": ["a"] * 5 + ["b"] * 2, "group_id": "g"})
+    values = tokens.select("doc_id", pos=pl.Series([0, 1, 2, 3, 4, 0, 1]), layer=pl.lit(0),
+                           x=pl.Series([1.0, 2.0, 3.0, 0.0, 0.0, 9.0, 5.0]))  # fmt: skip
+    events = pl.DataFrame({"doc_id": ["a", "a", "a", "b"], "pos": [0, 1, 2, 0]})
+    controls = pl.DataFrame({"doc_id": ["a", "a", "b"], "pos": [3, 4, 1]})
+    row = event_average(values, tokens, events, controls, "x", reach=0).row(0, named=True)
+    assert (row["event"], row["control"], row["difference"]) == (5.5, 2.5, 3.0)  # of 2 and 9, of 0 and 5
+    assert (row["n_events"], row["n_controls"], row["n_groups"]) == (4, 3, 1)
+
+
+def test_the_same_events_stand_behind_every_offset() -> None:
+    """A second event of every document, at its end, far higher and with half a window, would be a step at offset 2."""
+    values, tokens, events, controls = planted(0.0)
+    high = values.with_columns(x=pl.col("x") + 9 * (pl.col("pos") > 80))
+    late = pl.concat([events, events.with_columns(pos=pl.lit(98, dtype=pl.Int64))])
+    found = event_average(high, tokens, late, controls, "x", reach=8)
+    assert found.equals(event_average(high, tokens, events, controls, "x", reach=8))
+    assert set(found["n_events"]) == {24}
+    other_way = event_average(high, tokens, controls, late, "x", reach=8)
+    assert set(other_way["n_controls"]) == {24}
+    assert other_way["difference"].abs().max() < 2
 
 
 def test_the_timeline_stretches_answers_of_different_lengths() -> None:
