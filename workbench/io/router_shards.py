@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from workbench.errors import RunError
+from workbench.io.permissions import as_any_new_file, check_readable
 
 LARGEST = float(np.finfo(np.float16).max)
 
@@ -40,6 +41,7 @@ class RouterShards:
         found = 0
         for file in self._files():
             try:
+                check_readable(file)
                 with safe_open(file, "numpy") as stored:
                     shape = stored.get_slice("router_logits").get_shape()
                     layers = json.loads(stored.metadata()["layers"])
@@ -69,3 +71,4 @@ def write_shard(file: Path, logits: np.ndarray, layers: Sequence[int]) -> None:
             f"router logits: expected finite values up to {LARGEST:.0f}, got {largest}. Run without --router-logits."
         )
     save_file({"router_logits": logits.astype(np.float16)}, file, metadata={"layers": json.dumps(list(layers))})
+    as_any_new_file(file)

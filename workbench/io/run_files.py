@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from workbench.errors import RunError
+from workbench.io.permissions import as_any_new_file, check_readable
 
 FORMAT = 2  # 2: token classes, places in segments, lse, mass and norms
 Labels = dict[str, list[Any]]  # the labels of the first three axes of an expert load
@@ -85,12 +86,13 @@ def check_keys(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], 
 
 def write_load(file: Path, counts: np.ndarray, labels: Labels) -> None:
     save_file({"expert_load": counts.astype(np.int64)}, file, metadata={"axes": json.dumps(dict(labels))})
-    file.chmod(0o644)  # as its neighbours; safetensors leaves it to its owner alone
+    as_any_new_file(file)
 
 
 def read_load(file: Path) -> tuple[np.ndarray, Labels]:
     """(token-slots [lang segment layer expert], labels of the first three axes); raises RunError."""
     try:
+        check_readable(file)
         with safe_open(file, "numpy") as stored:
             counts, axes = stored.get_tensor("expert_load").astype(np.int64), json.loads(stored.metadata()["axes"])
         labels: Labels = {axis: list(map(kind, axes[axis])) for axis, kind in LOAD_AXES.items()}

@@ -50,10 +50,12 @@ def missing(path: Path) -> list[int]:
         return run.missing()
 
 
-def finished(path: Path) -> Run:
-    with writer(path) as run:
+def finished(path: Path, logits: bool = False) -> Run:
+    """With `logits` the router logits too: those of an expert are its number."""
+    stored = np.tile(np.arange(4, dtype=np.float32), (2, 2, 1)) if logits else None  # [token layer expert]
+    with writer(path, settings={**SETTINGS, "router_logits": logits}) as run:
         for part in run.missing():
-            run.write(part, *batch(part))
+            run.write(part, *batch(part), stored)
         return run.finish({"seconds": 1})
 
 
@@ -159,6 +161,28 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_foreign_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(RunError, match=r"manifest\.json: expected"):
+        Run.open(tmp_path)
+
+
+def modes(folder: Path) -> set[int]:
+    return {file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+def test_every_file_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        finished(tmp_path, logits=True)
+    finally:
+        os.umask(before)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+    assert modes(tmp_path) == {0o640}
+
+
+def test_a_shard_that_cannot_be_opened_is_not_called_missing(tmp_path: Path) -> None:
+    shard = finished(tmp_path, logits=True).path / "router_logits" / "000001.safetensors"
+    shard.unlink()
+    shard.symlink_to(shard)
+    with pytest.raises(RunError, match=r"000001\.safetensors: expected .*got.*Too many levels of symbolic links"):
         Run.open(tmp_path)
 
 
