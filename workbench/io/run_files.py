@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,12 +19,17 @@ from workbench.io.permissions import as_any_new_file, check_readable
 FORMAT = 2  # 2: token classes, places in segments, lse, mass and norms
 Labels = dict[str, list[Any]]  # the labels of the first three axes of an expert load
 LOAD_AXES: dict[str, type] = {"lang": str, "segment": str, "layer": int}
-STARTED: dict[str, Any] = {"status": str, "sittings": list}  # what every manifest must hold, and of which type
+STARTED: dict[str, Any] = {"status": str, "sittings": list[dict]}  # what every manifest must hold, and of which type
 FINISHED: dict[str, Any] = {
-    "model": {"name": str, "n_experts": int, "k": int, "stop_ids": list},
+    "model": {"name": str, "n_experts": int, "k": int, "stop_ids": list[int]},
     "settings": {"template": str, "max_new_tokens": int, "router_logits": bool, "norms": bool},
     "report": {"seed": int},
     "counts": dict.fromkeys(("n_docs", "n_groups", "n_tokens", "n_routed_layers"), int),
+}
+
+LATER: dict[str, Any] = {  # what a manifest need not hold: earlier versions did not write it
+    "files": dict[str, str],
+    "settings": {"interventions": {"items": list[dict]}},
 }
 
 
@@ -75,13 +80,28 @@ def check_keys(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], 
     """Raises RunError for the first name of `wanted` (name -> type, or such a dict) that is not there as that type."""
     for name, inner in wanted.items():
         value, kind = found.get(name), dict if isinstance(inner, dict) else inner
-        if not isinstance(value, kind):
+        if not _is(value, kind):
             raise RunError(
-                f"{file}: expected {prefix}{name} as {kind.__name__}, got {value!r}. "
+                f"{file}: expected {prefix}{name} as {kind if get_args(kind) else kind.__name__}, got {value!r}. "
                 "The file is damaged: run the study again in a new directory."
             )
         if isinstance(inner, dict):
-            check_keys(file, value, inner, f"{prefix}{name}.")
+            check_keys(file, found[name], inner, f"{prefix}{name}.")
+
+
+def check_later(file: Path, manifest: Mapping[str, Any]) -> None:
+    """As `check_keys`, for what of LATER is there."""
+    if "files" in manifest:
+        check_keys(file, manifest, {"files": LATER["files"]})
+    if "interventions" in manifest["settings"]:
+        check_keys(file, manifest, {"settings": LATER["settings"]})
+
+
+def _is(value: Any, kind: Any) -> bool:
+    entries = value.values() if isinstance(value, dict) else value
+    return isinstance(value, get_origin(kind) or kind) and all(
+        isinstance(entry, inner) for inner in get_args(kind)[-1:] for entry in entries
+    )
 
 
 def write_load(file: Path, counts: np.ndarray, labels: Labels) -> None:

@@ -88,9 +88,8 @@ def settings_for(
     """
     template = template or ("plain" if chat_template is None else "harmony")
     if template == "plain" and efforts is not None:
-        raise RunError(
-            f"efforts: expected none in plain text, got {', '.join(efforts) or 'an empty list'}. Drop them, or use harmony."
-        )
+        given = ", ".join(efforts) or "an empty list"
+        raise RunError(f"efforts: expected none in plain text, got {given}. Drop them, or use harmony.")
     if max_new_tokens is None:
         max_new_tokens = 0 if template == "plain" else Settings.max_new_tokens
     return Settings(template, EFFORTS if efforts is None else tuple(efforts), max_new_tokens, **others)

@@ -239,5 +239,5 @@ def _settings_table(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         else:
             rows.append((prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
 
-    walk("", {name: value for name, value in manifest.items() if name not in ("format", "status")})
+    walk("", {name: value for name, value in manifest.items() if name not in ("format", "status", "files")})
     return rows
