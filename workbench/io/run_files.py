@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,18 @@ def read_load(file: Path) -> tuple[np.ndarray, Labels]:
     return counts, labels
 
 
+def warn_of_versions(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """A warning where the software of two sittings of a run differs."""
+    old, new = before.get("versions", {}), now.get("versions", {})
+    changed = [f"{name} {old[name]}, now {new[name]}" for name in old if name in new and old[name] != new[name]]
+    if changed:
+        warnings.warn(
+            f"{path}: begun under other software ({'; '.join(changed)}) and continued, so its parts may differ by "
+            "that. Delete it and run the study again to have it of one kind.",
+            stacklevel=2,
+        )
+
+
 def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> None:
     """Raises RunError for the first value of `wanted` that `found` does not have."""
     for name, value in json.loads(json.dumps(wanted)).items():
@@ -138,5 +151,5 @@ def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], 
         elif there != value:
             raise RunError(
                 f"{path}: expected {prefix}{name} {there!r}, as in the run that is there, got {value!r}. "
-                "Pass another directory, or the same settings."
+                "Pass another directory, delete this one, or give what it was run with."
             )

@@ -48,6 +48,7 @@ from workbench.io.run_files import (
     check_same,
     read_load,
     read_manifest,
+    warn_of_versions,
     write_load,
     write_manifest,
 )
@@ -268,9 +269,9 @@ class RunWriter:
 def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
     except OSError as error:
         raise RunError(f"{path}: expected a place to write, got {error.strerror}. Pass another directory.") from None
-    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
     if names and "manifest.json" not in names:
         raise RunError(f"{path}: expected a run or nothing, got other files. Pass another directory.")
 
@@ -278,7 +279,11 @@ def _make_directory(path: Path) -> None:
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold a directory for writing; the system drops the lock of a killed process. Raises RunError if it is held."""
-    with (path / ".lock").open("w") as file:
+    try:
+        held = (path / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"{path}: expected a place to write, got {error.strerror}. Pass another directory.") from None
+    with held as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -294,6 +299,8 @@ def _begin(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any]) ->
     else:
         manifest = {"format": FORMAT, "status": "running", **identity, "report": {"seed": 0}, "sittings": []}
     if manifest["status"] != "complete":
+        if manifest["sittings"]:
+            warn_of_versions(path, manifest["sittings"][-1], about)
         manifest["sittings"].append(dict(about))
         write_manifest(path, manifest)
     return manifest

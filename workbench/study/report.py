@@ -40,7 +40,7 @@ from workbench.study.experts import read_experts
 from workbench.study.findings import findings
 from workbench.study.languages import compares_languages, language_facts, language_frames
 from workbench.study.measures import clear_preferences, measure_frames
-from workbench.study.methods import methods
+from workbench.study.methods import methods, software
 from workbench.study.moments import event_frames
 from workbench.study.remarks import EVENT_VALUES, remarks
 from workbench.study.swap import SWAP_SIDES, swap_frames
@@ -193,7 +193,7 @@ def _facts(run: Run, tokens: pl.DataFrame, frames: Frames) -> dict[str, Any]:
         "max_entropy": f"{math.log(model['n_experts']):.2f}",
         "findings": findings(tokens, frames, model["stop_ids"]),
         "policy": _policy(run, tokens),
-        "methods": methods(tokens, frames),
+        "methods": [*methods(tokens, frames), *software(run.manifest["sittings"])],
         "cards_cut": counts["n_routed_layers"] * model["n_experts"] > MAX_CARDS,
         **remarks(frames),
         **comparison_facts(frames),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -136,7 +137,10 @@ def test_a_finished_run_is_not_written_again(tmp_path: Path) -> None:
     [
         ({"settings": {**SETTINGS, "max_new_tokens": 1}}, r"settings\.max_new_tokens 0.*got 1"),
         ({"settings": {**SETTINGS, "efforts": ["low", "high"]}}, r"settings\.efforts"),
-        ({"model": {**MODEL, "dtype": "bfloat16"}}, r"model\.dtype 'float32'.*got 'bfloat16'"),
+        (
+            {"model": {**MODEL, "dtype": "bfloat16"}},
+            r"model\.dtype 'float32'.*got 'bfloat16'\. .*delete this one",
+        ),
     ],
 )
 def test_another_setting_is_refused_by_name(tmp_path: Path, changes: dict, name: str) -> None:
@@ -386,6 +390,35 @@ def test_the_seed_of_the_report_may_change(tmp_path: Path) -> None:
     assert run.seed == 0
     run.seed = 3
     assert finished(tmp_path).seed == 3
+
+
+def test_a_run_continued_under_other_software_warns(tmp_path: Path) -> None:
+    def begin(torch: str, n: int) -> None:
+        about = {"versions": {"torch": torch, "polars": "1"}}
+        with RunWriter.open(tmp_path, IDENTITY, about, n_parts=3) as run:
+            for part in run.missing()[:n]:
+                run.write(part, *batch(part))
+            if not run.missing():
+                run.finish({})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin("2.11", 1)
+        begin("2.11", 1)
+    with pytest.warns(UserWarning, match=r"other software \(torch 2\.11, now 2\.13\)"):
+        begin("2.13", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin("2.14", 0)  # complete: nothing is joined to it
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", ".lock")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(RunError, match=r"expected a place to write, got Permission denied\. Pass another"):
+        missing(tmp_path)
 
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:

@@ -230,6 +230,17 @@ def test_the_page_tells_no_path_of_this_machine(finished_run: Run, page: str, tm
     assert write_report(path.parent).read_text(encoding="utf-8") == page
 
 
+def test_a_run_of_two_versions_of_the_software_says_so(finished_run: Run, page: str, tmp_path: Path) -> None:
+    assert "under different software" not in page
+    path = shutil.copytree(finished_run.path, tmp_path / "run") / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    (first,) = manifest["sittings"]
+    manifest["sittings"] = [{**first, "versions": {**first["versions"], "torch": "2.0.0"}}, first]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    said = f"measured under different software (torch 2.0.0 and {first['versions']['torch']}): its parts may differ"
+    assert said in write_report(path.parent).read_text(encoding="utf-8")
+
+
 def test_the_lead_names_the_languages_and_what_was_done(page: str) -> None:
     assert "30 conversations in Japanese and English from 5 prompt groups" in page
     assert "日本語と英語のプロンプトを与え" in page
