@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+OUT ?= runs/demo
 SOURCES := workbench kernels tests data notebooks
 
 # File by file, in order: the longest lie first. The default would start files of a single test last, however long.
@@ -15,7 +16,7 @@ OLD_TRITON := 3.6.0
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo     run the main job on the bundled model; prints where the report is"
+	@echo "make demo     run the main job on the bundled model; prints where the report is (OUT=DIR: not in runs/demo)"
 	@echo "make test     the fast tests"
 	@echo "make slow     the slow tests (full-width parity, memory, notebooks, ...)"
 	@echo "make browser  the tests that open the report, the explorer and the notebooks in headless chromium"
@@ -52,7 +53,7 @@ $(VENV)/docs: $(VENV)/base
 	@touch $@
 
 demo: $(VENV)/base
-	$(BIN)/workbench study --out runs/demo
+	$(BIN)/workbench study --out $(OUT)
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 $(SPREAD) -m "not slow and not browser and not gpu"

@@ -37,7 +37,7 @@ def study(arguments: argparse.Namespace) -> None:
     from workbench.io.hub import model_name
     from workbench.io.prompts import BUNDLED_PROMPTS, load_prompts
     from workbench.study import run_study, write_report
-    from workbench.study.compare import compare_models
+    from workbench.study.compare import check_comparable, compare_models
     from workbench.study.experts import measure_experts
     from workbench.study.plan import choose_prompts, settings_for
     from workbench.study.report import check_seed
@@ -58,6 +58,9 @@ def study(arguments: argparse.Namespace) -> None:
     )
     if arguments.header_swap and settings.template != "harmony":
         raise RunError("--header-swap: expected conversations with headers, got plain text. Drop it, or study a chat.")
+    other = model_of(arguments, arguments.compare) if arguments.compare else None
+    if other is not None:
+        check_comparable(model, other)  # before hours of measuring
     out = arguments.out or Path("runs") / model_name(arguments.model)
     run = run_study(model, prompts, out, settings)
     if arguments.seed is not None:
@@ -66,8 +69,8 @@ def study(arguments: argparse.Namespace) -> None:
         run_swap(model, run, SwapPlan(header, batch_size=arguments.batch_size))
     if arguments.experts:
         measure_experts(model, run)
-    if arguments.compare:
-        compare_models(model, model_of(arguments, arguments.compare), run)
+    if other is not None:
+        compare_models(model, other, run)
     print(write_report(run))
 
 

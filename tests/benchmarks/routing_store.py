@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 
-from workbench.io.runs import ROUTING_SCHEMA
+from workbench.io.run_checks import ROUTING_SCHEMA
 from workbench.stats.load import slot_counts
 
 BY = ["group_id", "lang"]

@@ -41,6 +41,32 @@ def test_a_checkpoint_without_chat_template_is_read_as_plain_text(saved: tuple[P
     assert Run.open(tmp_path / "run").manifest["settings"]["template"] == "plain"
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("no-such-model", "no-such-model: expected"),
+        ("nano-moe-thinking", "--compare: expected the tokenizer and shape"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_compared_is_refused_before_the_study(
+    saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str, message: str
+) -> None:
+    checkpoint, prompts = saved
+    out = tmp_path / "run"
+    assert cli.main(["study", str(checkpoint), "--prompts", str(prompts), "--out", str(out), "--compare", other]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_empty_list_of_efforts_is_not_all_of_them(
+    saved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, prompts = saved
+    command = ["study", str(checkpoint), "--prompts", str(prompts), "--out", str(tmp_path / "run")]
+    assert cli.main([*command, "--template", "harmony", "--efforts", ""]) == 2
+    assert "efforts: expected some of low, medium, high, got none" in capsys.readouterr().err
+
+
 def test_params_prints_the_published_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["params", "llm-jp-4-32b-a3b-thinking"]) == 0
     printed = capsys.readouterr().out

@@ -24,7 +24,7 @@ from workbench.chat import label_tokens
 from workbench.errors import RunError
 from workbench.interop.dump_files import as_array, as_ids, decode, read_lines
 from workbench.io.prompts import split_of
-from workbench.io.runs import ROUTING_SCHEMA, TOKEN_SCHEMA
+from workbench.io.run_checks import ROUTING_SCHEMA, TOKEN_SCHEMA
 from workbench.io.token_class import places, token_classes, word_starts
 from workbench.io.tokens import Tokenizer
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from workbench.errors import CheckpointError
+from workbench.io.permissions import check_readable
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -174,10 +175,15 @@ def _checked_against_index(
 
 def _read_header(shard: Path) -> list[tuple[str, StoredTensor]]:
     try:
+        check_readable(shard)
         with safe_open(shard, framework="pt") as file:
             views = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 (not a dict)
             return [(name, StoredTensor(shard, tuple(view.get_shape()), view.get_dtype())) for name, view in views]
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{shard}: expected a readable file, got {error.strerror or error}. Make it readable."
+        ) from None
+    except SafetensorError as error:
         raise CheckpointError(
             f"{shard}: expected a whole safetensors file, got {error}. It is truncated or corrupt; download it again."
         ) from None

@@ -7,7 +7,7 @@ computed before that, in float32.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from workbench.errors import RunError
+from workbench.io.permissions import as_any_new_file, check_readable
+from workbench.io.run_checks import check_hash
 
 LARGEST = float(np.finfo(np.float16).max)
 
 
 class RouterShards:
-    """Iterating gives (tokens frame, layers, float32 logits [token layer expert]) for each shard, in order."""
+    """Iterating gives (tokens frame, layers, float32 logits [token layer expert]) for each shard, in order.
 
-    def __init__(self, folder: Path, tokens: pl.LazyFrame) -> None:
-        self.folder, self.tokens = folder, tokens
+    `hashes`: those of the run's manifest; every shard is checked against them when it is read, which raises RunError.
+    """
+
+    def __init__(self, folder: Path, tokens: pl.LazyFrame, hashes: Mapping[str, str] | None = None) -> None:
+        self.folder, self.tokens, self.hashes = folder, tokens, hashes
 
     def __iter__(self) -> Iterator[tuple[pl.DataFrame, list[int], np.ndarray]]:
         start = 0
         for file in self._files():
+            if self.hashes is not None:
+                check_hash(self.folder.parent, f"{self.folder.name}/{file.name}", self.hashes)
             with safe_open(file, "numpy") as stored:
                 logits = stored.get_tensor("router_logits").astype(np.float32)
                 layers = json.loads(stored.metadata()["layers"])
@@ -40,6 +47,7 @@ class RouterShards:
         found = 0
         for file in self._files():
             try:
+                check_readable(file)
                 with safe_open(file, "numpy") as stored:
                     shape = stored.get_slice("router_logits").get_shape()
                     layers = json.loads(stored.metadata()["layers"])
@@ -69,3 +77,4 @@ def write_shard(file: Path, logits: np.ndarray, layers: Sequence[int]) -> None:
             f"router logits: expected finite values up to {LARGEST:.0f}, got {largest}. Run without --router-logits."
         )
     save_file({"router_logits": logits.astype(np.float16)}, file, metadata={"layers": json.dumps(list(layers))})
+    as_any_new_file(file)

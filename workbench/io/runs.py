@@ -1,6 +1,6 @@
 """The run directory: what a study measured, safe against a kill at any moment.
 
-    manifest.json       what was run, with which settings, hashes and versions; status "running" or "complete"
+    manifest.json       what was run, with which settings, hashes, versions; status "running" or "complete"
     tokens.parquet      one row per token                       (axes.TOKEN_COLUMNS)
     routing.parquet     one row per (token, routed layer)       (axes.ROUTING_COLUMNS)
     load.safetensors    expert_load: token-slots [lang segment layer expert]; the labels are in its metadata
@@ -24,45 +24,34 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from workbench.axes import ROUTING_COLUMNS, TOKEN_COLUMNS
 from workbench.errors import RunError
 from workbench.io.router_shards import RouterShards, write_shard
+from workbench.io.run_checks import (
+    FRAMES,
+    ROUTING_SCHEMA,
+    SCHEMAS,
+    TOKEN_SCHEMA,
+    check_frame,
+    check_hash,
+    check_values,
+    count,
+    hash_files,
+    readable,
+)
 from workbench.io.run_files import (
     FINISHED,
     FORMAT,
     Labels,
     atomic,
     check_keys,
+    check_later,
     check_same,
     read_load,
     read_manifest,
+    warn_of_versions,
     write_load,
     write_manifest,
 )
-
-COLUMNS = {"tokens": TOKEN_COLUMNS, "routing": ROUTING_COLUMNS}
-
-TOKEN_SCHEMA: dict[str, Any] = dict.fromkeys(TOKEN_COLUMNS, pl.String) | {
-    "pos": pl.Int32,
-    "token_id": pl.Int32,
-    "word_initial": pl.Boolean,
-    "segment_index": pl.Int16,
-    "pos_in_segment": pl.Int32,
-}
-ROUTING_SCHEMA: dict[str, Any] = {
-    "doc_id": pl.String,
-    "pos": pl.Int32,
-    "layer": pl.Int16,
-    "expert_ids": pl.List(pl.Int16),
-    "routing_weights": pl.List(pl.Float32),
-    "router_entropy": pl.Float32,
-    "router_margin": pl.Float32,
-    "router_lse": pl.Float32,
-    "router_mass": pl.Float32,
-    "expert_norms": pl.List(pl.Float32),
-    "mlp_in_norm": pl.Float32,
-    "mlp_out_norm": pl.Float32,
-}
 
 
 class Run:
@@ -79,12 +68,9 @@ class Run:
         if run.manifest["status"] != "complete":
             raise RunError(f"{path}: expected a complete run, got an unfinished one. Run its study again to resume.")
         check_keys(path / "manifest.json", run.manifest, FINISHED)
-        counts = run.manifest["counts"]
-        run._check_file("tokens", counts["n_tokens"])
-        run._check_file("routing", counts["n_tokens"] * counts["n_routed_layers"])
-        run._check_load()
-        if run.has_router_logits:
-            run.router_logits().check(counts["n_tokens"], counts["n_routed_layers"], run.n_experts)
+        check_later(path / "manifest.json", run.manifest)
+        with readable(path):
+            run._check()
         return run
 
     @property
@@ -105,7 +91,7 @@ class Run:
             raise RunError(
                 f"{self.path}: expected a run with router logits, got one without. Run the study with --router-logits."
             )
-        return RouterShards(self.path / "router_logits", self.tokens)
+        return RouterShards(self.path / "router_logits", self.tokens, self.manifest.get("files"))
 
     @property
     def n_experts(self) -> int:
@@ -133,18 +119,31 @@ class Run:
     def _load_file(self) -> Path:
         return self.path / "load.safetensors"
 
-    def _check_file(self, name: str, n_rows: int) -> None:
+    def _check(self) -> None:
+        """Hashes first: what reads damaged bytes may fail in any way."""
+        counts = self.manifest["counts"]
+        if "files" in self.manifest:
+            for name in FRAMES:
+                check_hash(self.path, name, self.manifest["files"])
+        self._check_rows("tokens", counts["n_tokens"])
+        self._check_rows("routing", counts["n_tokens"] * counts["n_routed_layers"])
+        if "files" not in self.manifest:
+            check_values(self.tokens, self.routing, self.path, self.n_experts, self.manifest["model"]["k"])
+        if (found := count(self.tokens, self.routing)) != counts:
+            raise RunError(
+                f"{self.path / 'manifest.json'}: expected counts {found}, as the frames have, got {counts}. "
+                "Run the study again in a new directory."
+            )
+        self._check_load()
+        if self.has_router_logits:
+            self.router_logits().check(counts["n_tokens"], counts["n_routed_layers"], self.n_experts)
+
+    def _check_rows(self, name: str, n_rows: int) -> None:
         file = self.path / f"{name}.parquet"
-        try:
-            scan = pl.scan_parquet(file)
-            columns, found = scan.collect_schema().names(), scan.select(pl.len()).collect().item()
-        except (OSError, pl.exceptions.PolarsError) as error:
+        found = check_frame(file, name)
+        if found != n_rows:
             raise RunError(
-                f"{file}: expected a Parquet file, got {str(error).splitlines()[0]}. Run the study again."
-            ) from None
-        if tuple(columns) != COLUMNS[name] or found != n_rows:
-            raise RunError(
-                f"{file}: expected {n_rows} rows of {', '.join(COLUMNS[name])}, got {found} of {', '.join(columns)}. "
+                f"{file}: expected {n_rows} rows, got {found}. "
                 "The file is not this run's: run the study again in a new directory."
             )
 
@@ -228,44 +227,51 @@ class RunWriter:
         """Join the batches in order, mark the run complete and open it. `about` joins this sitting's entry."""
         if not self.complete:
             for name in ("routing", "tokens"):
-                with atomic(self.path / f"{name}.parquet") as file:
-                    pl.scan_parquet([self._part(part, name) for part in range(self.n_parts)]).sink_parquet(file)
+                self._join(name)
             loads = [read_load(self._part(part, "load")) for part in range(self.n_parts)]
             with atomic(self.path / "load.safetensors") as file:
                 write_load(file, np.sum([counts for counts, _ in loads], axis=0), loads[0][1])
             if self.manifest["settings"]["router_logits"]:
                 self._move_router_logits()
             self.manifest["sittings"][-1] |= about
-            self.manifest |= {"counts": self._counts(), "status": "complete"}
+            frames = (pl.scan_parquet(self.path / f"{name}.parquet") for name in ("tokens", "routing"))
+            self.manifest |= {"counts": count(*frames), "files": hash_files(self.path), "status": "complete"}
             write_manifest(self.path, self.manifest)
         shutil.rmtree(self._parts, ignore_errors=True)
         return Run.open(self.path)
+
+    def _join(self, name: str) -> None:
+        """One frame of all batches. Raises RunError naming a damaged one."""
+        parts = [self._part(part, name) for part in range(self.n_parts)]
+        advice = f"Delete {self._parts} and run the study again."
+        for part in parts:
+            check_frame(part, name, advice)
+        with atomic(self.path / f"{name}.parquet") as file, readable(self._parts, advice):
+            pl.scan_parquet(parts).sink_parquet(file)
 
     def _move_router_logits(self) -> None:
         """Shards are large: they change places, one by one, and those already moved by a killed process stay."""
         folder = self.path / "router_logits"
         folder.mkdir(exist_ok=True)
         for part in range(self.n_parts):
-            if self._part(part, "router_logits").exists():
-                os.replace(self._part(part, "router_logits"), folder / f"{part:06}.safetensors")
-
-    def _counts(self) -> dict[str, int]:
-        tokens = pl.scan_parquet(self.path / "tokens.parquet")
-        routing = pl.scan_parquet(self.path / "routing.parquet")
-        names = {"n_docs": pl.col("doc_id").n_unique(), "n_groups": pl.col("group_id").n_unique(), "n_tokens": pl.len()}
-        counts = tokens.select(**names).collect().row(0, named=True)
-        return counts | {"n_routed_layers": routing.select(pl.col("layer").n_unique()).collect().item()}
+            source, target = self._part(part, "router_logits"), folder / f"{part:06}.safetensors"
+            if source.exists():
+                os.replace(source, target)
+            elif not target.exists():
+                raise RunError(
+                    f"{source}: expected router logits, got none. Delete {self._parts} and run the study again."
+                )
 
     def _part(self, part: int, name: str) -> Path:
-        return self._parts / f"{part:06}.{name}.{'parquet' if name in COLUMNS else 'safetensors'}"
+        return self._parts / f"{part:06}.{name}.{'parquet' if name in SCHEMAS else 'safetensors'}"
 
 
 def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
     except OSError as error:
         raise RunError(f"{path}: expected a place to write, got {error.strerror}. Pass another directory.") from None
-    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
     if names and "manifest.json" not in names:
         raise RunError(f"{path}: expected a run or nothing, got other files. Pass another directory.")
 
@@ -273,7 +279,11 @@ def _make_directory(path: Path) -> None:
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold a directory for writing; the system drops the lock of a killed process. Raises RunError if it is held."""
-    with (path / ".lock").open("w") as file:
+    try:
+        held = (path / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"{path}: expected a place to write, got {error.strerror}. Pass another directory.") from None
+    with held as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -289,6 +299,8 @@ def _begin(path: Path, identity: Mapping[str, Any], about: Mapping[str, Any]) ->
     else:
         manifest = {"format": FORMAT, "status": "running", **identity, "report": {"seed": 0}, "sittings": []}
     if manifest["status"] != "complete":
+        if manifest["sittings"]:
+            warn_of_versions(path, manifest["sittings"][-1], about)
         manifest["sittings"].append(dict(about))
         write_manifest(path, manifest)
     return manifest

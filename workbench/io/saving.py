@@ -17,6 +17,7 @@ from workbench.errors import CheckpointError
 from workbench.hf_config import config_to_hf
 from workbench.io.checkpoint import GENERATION_FILE, INDEX_FILE, SINGLE_FILE, TEMPLATE_FILE
 from workbench.io.names import Layout, slot_part, slots
+from workbench.io.permissions import as_any_new_file
 from workbench.io.quantise import refuse_quantised
 from workbench.models import Llama
 
@@ -65,6 +66,7 @@ def _save_shards(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in shard.items()}, directory / file, {"format": "pt"}
         )
+        as_any_new_file(directory / file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}

@@ -20,13 +20,9 @@ TABLES = ("drift", "routers", "matches", "compared")
 def compare_models(model: Llama, other: Llama, run: Run, batch_size: int = 16) -> dict[str, pl.DataFrame]:
     """Read conversations of a run with both checkpoints; writes compare/*.parquet into the run and returns the tables.
 
-    Raises RunError when tokenizers or shapes differ: the same ids would be other words, the same numbers other experts.
+    Raises RunError as `check_comparable` does.
     """
-    if tokenizer_of(model).hash != tokenizer_of(other).hash or _shape(model) != _shape(other):
-        raise RunError(
-            f"--compare: expected the tokenizer and shape of {model.source}, got others in {other.source}. "
-            "Compare checkpoints of one lineage."
-        )
+    check_comparable(model, other)
     tokens = sample_documents(run, N_GROUPS)
     first, second = (read_routing(each, tokens, batch_size) for each in (model, other))
     matches = match_experts(_router_rows(model), _router_rows(other))
@@ -42,6 +38,16 @@ def compare_models(model: Llama, other: Llama, run: Run, batch_size: int = 16) -
         with atomic(folder / f"{name}.parquet") as file:
             table.write_parquet(file)
     return tables
+
+
+def check_comparable(model: Llama, other: Llama) -> None:
+    """Raises RunError when tokenizers or shapes differ: the same ids would be other words, the same numbers other
+    experts."""
+    if tokenizer_of(model).hash != tokenizer_of(other).hash or _shape(model) != _shape(other):
+        raise RunError(
+            f"--compare: expected the tokenizer and shape of {model.source}, got others in {other.source}. "
+            "Compare checkpoints of one lineage."
+        )
 
 
 def read_comparison(run: Run) -> dict[str, pl.DataFrame]:

@@ -30,7 +30,7 @@ def findings(tokens: pl.DataFrame, frames: dict[str, pl.DataFrame], stop_ids: Co
 
 def _divergence(frames: dict[str, pl.DataFrame]) -> list[str]:
     if "divergence" not in frames:
-        return ["The prompts are not in both Japanese and English, so the languages are not compared."]
+        return ["No prompt group is in both Japanese and English, so the languages are not compared."]
     frame = frames["divergence"]
     if frame["excess"].is_nan().any():
         return [f"With {counted(frame['n_groups'][0], 'group')} in both languages, no divergence can be estimated."]

@@ -11,9 +11,15 @@ from workbench.errors import ConfigError
 from workbench.io.runs import Run
 from workbench.stats.calibration import effect_floors
 from workbench.stats.contrasts import flag_experts, paired_contrasts
-from workbench.stats.load import slot_counts
+from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.logits import logit_cells
 from workbench.stats.matching import match_tokens, matching_summary
+
+
+def compares_languages(tokens: pl.DataFrame) -> bool:
+    """Whether any prompt group has counted tokens in both languages: every comparison of the two is within groups."""
+    counted = tokens.filter(pl.col("segment").is_in(CONTENT_SEGMENTS), pl.col("lang").is_in(LANGUAGES))
+    return bool((counted.group_by("group_id").agg(pl.col("lang").n_unique())["lang"] == len(LANGUAGES)).any())
 
 
 def floors_of(run: Run) -> tuple[float, float] | None:
@@ -82,8 +88,8 @@ def has_logits(run: Run) -> bool:
 
 
 def flagged_places(run: Run, tokens: pl.DataFrame) -> list[tuple[int, int]]:
-    """(layer, expert) of `to_audit`; none for a run in one language."""
-    if not set(LANGUAGES) <= set(tokens["lang"]):
+    """(layer, expert) of `to_audit`; none where no group has both languages."""
+    if not compares_languages(tokens):
         return []
     frames = language_frames(run, tokens)
     return to_audit(frames)
@@ -99,7 +105,7 @@ def to_audit(frames: Mapping[str, pl.DataFrame]) -> list[tuple[int, int]]:
 
 def flagged_experts(frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """The rows of the contrast of shared words, or of all words where none are shared, that are flagged; none of a run
-    in one language."""
+    that does not compare languages."""
     frame = frames.get("shared", frames.get("contrasts"))
     return pl.DataFrame(schema={"layer": pl.Int64, "expert": pl.Int64}) if frame is None else frame.filter("flagged")
 

@@ -20,7 +20,7 @@ from workbench.stats.matching import at_one_effort, fertility, match_length, wit
 from workbench.stats.paths import paths
 from workbench.stats.specialisation import specialisation, vocabulary_specialisation
 from workbench.stats.validation import discover_and_validate, selection_stability, split_half_reliability
-from workbench.study.languages import contrast, floors_of, has_logits, shared_words
+from workbench.study.languages import compares_languages, contrast, floors_of, has_logits, shared_words
 from workbench.study.swap import SWAP_SIDES
 
 Frames = dict[str, pl.DataFrame]
@@ -52,7 +52,7 @@ def measure_frames(run: Run, tokens: pl.DataFrame) -> Frames:
     if has_logits(run) and tokens["topic"].n_unique() > 1:
         cells = logit_cells(run.router_logits(), tokens, ["group_id", "topic"])
         frames["committee"] = committee(cells, "topic", run.n_experts, run.manifest["model"]["k"])
-    if set(LANGUAGES) <= set(tokens["lang"]):
+    if compares_languages(tokens):
         frames |= language_measures(run, tokens)
     return frames | evenness_frames(run, tokens) | free_frames(run, tokens)
 
@@ -106,7 +106,7 @@ def language_measures(run: Run, tokens: pl.DataFrame) -> Frames:
     k = run.manifest["model"]["k"]
     pair = ("lang", LANGUAGES, run.n_experts)
     frames = {"overlap": top_overlap(counts, *pair, sizes=(k, 2 * k), seed=run.seed)}
-    if tokens.filter(pl.col("segment") == "user")["lang"].n_unique() == len(LANGUAGES):
+    if compares_languages(tokens.filter(pl.col("segment") == "user")):
         frames["fertility"] = fertility(tokens, "lang", LANGUAGES)
     matched = shared_words(tokens)
     chosen = tokens if matched.is_empty() else matched

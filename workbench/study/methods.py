@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import polars as pl
 
@@ -26,6 +28,16 @@ def methods(tokens: pl.DataFrame, frames: Frames) -> list[str]:
         *_others(tokens, frames),
         *_audit(frames),
     ]
+
+
+def software(sittings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence where a run was continued under other software than it was begun with."""
+    versions = [sitting.get("versions", {}) for sitting in sittings]
+    used = {name: list(dict.fromkeys(each[name] for each in versions if name in each)) for name in chain(*versions)}
+    mixed = [f"{name} {' and '.join(found)}" for name, found in used.items() if len(found) > 1]
+    if not mixed:
+        return []
+    return [f"The run was measured under different software ({'; '.join(mixed)}): its parts may differ by that."]
 
 
 def _contrasts(frames: Frames) -> Iterator[str]:

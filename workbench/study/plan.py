@@ -46,7 +46,10 @@ class Settings:
             )
         unknown = [effort for effort in self.efforts if effort not in EFFORTS]
         if unknown or not self.efforts or len(set(self.efforts)) < len(self.efforts):
-            raise RunError(f"efforts: expected some of {', '.join(EFFORTS)}, got {', '.join(self.efforts) or 'none'}.")
+            raise RunError(
+                f"efforts: expected some of {', '.join(EFFORTS)}, got {', '.join(self.efforts) or 'none'}. "
+                "Pass one or more, each once."
+            )
         for name, least in (("max_new_tokens", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise RunError(f"{name}: expected at least {least}, got {getattr(self, name)}. Pass a larger number.")
@@ -85,10 +88,11 @@ def settings_for(
     """
     template = template or ("plain" if chat_template is None else "harmony")
     if template == "plain" and efforts is not None:
-        raise RunError(f"efforts: expected none in plain text, got {', '.join(efforts)}. Drop them, or use harmony.")
+        given = ", ".join(efforts) or "an empty list"
+        raise RunError(f"efforts: expected none in plain text, got {given}. Drop them, or use harmony.")
     if max_new_tokens is None:
         max_new_tokens = 0 if template == "plain" else Settings.max_new_tokens
-    return Settings(template, tuple(efforts or EFFORTS), max_new_tokens, **others)
+    return Settings(template, EFFORTS if efforts is None else tuple(efforts), max_new_tokens, **others)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from workbench.axes import LANGUAGES
 from workbench.errors import RunError
 from workbench.io.run_files import atomic, write_text
 from workbench.io.runs import Run
@@ -39,9 +38,9 @@ from workbench.study.compare import comparison_facts, read_comparison
 from workbench.study.examples import choose_explorer
 from workbench.study.experts import read_experts
 from workbench.study.findings import findings
-from workbench.study.languages import language_facts, language_frames
+from workbench.study.languages import compares_languages, language_facts, language_frames
 from workbench.study.measures import clear_preferences, measure_frames
-from workbench.study.methods import methods
+from workbench.study.methods import methods, software
 from workbench.study.moments import event_frames
 from workbench.study.remarks import EVENT_VALUES, remarks
 from workbench.study.swap import SWAP_SIDES, swap_frames
@@ -89,7 +88,7 @@ def summarise(run: Run, tokens: pl.DataFrame) -> Frames:
     counts = slot_counts(tokens, run.routing, ["group_id", "lang"])
     frames["load"] = load_interval(counts, ["lang"], run.n_experts)
     frames["balance"] = balance(counts, ["lang"], run.n_experts, run.manifest["model"]["k"])
-    if set(LANGUAGES) <= set(tokens["lang"]):
+    if compares_languages(tokens):
         frames["divergence"] = language_divergence(counts, run.n_experts, seed=seed)
         frames |= language_frames(run, tokens)
     frames["load_by_segment"] = frames["load_by_segment"].filter(pl.col("segment").is_in(_common_segments(load)))
@@ -194,7 +193,7 @@ def _facts(run: Run, tokens: pl.DataFrame, frames: Frames) -> dict[str, Any]:
         "max_entropy": f"{math.log(model['n_experts']):.2f}",
         "findings": findings(tokens, frames, model["stop_ids"]),
         "policy": _policy(run, tokens),
-        "methods": methods(tokens, frames),
+        "methods": [*methods(tokens, frames), *software(run.manifest["sittings"])],
         "cards_cut": counts["n_routed_layers"] * model["n_experts"] > MAX_CARDS,
         **remarks(frames),
         **comparison_facts(frames),
@@ -241,5 +240,5 @@ def _settings_table(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         else:
             rows.append((prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
 
-    walk("", {name: value for name, value in manifest.items() if name not in ("format", "status")})
+    walk("", {name: value for name, value in manifest.items() if name not in ("format", "status", "files")})
     return rows

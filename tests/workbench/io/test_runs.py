@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -50,10 +53,12 @@ def missing(path: Path) -> list[int]:
         return run.missing()
 
 
-def finished(path: Path) -> Run:
-    with writer(path) as run:
+def finished(path: Path, logits: bool = False) -> Run:
+    """With `logits` the router logits too: those of an expert are its number."""
+    stored = np.tile(np.arange(4, dtype=np.float32), (2, 2, 1)) if logits else None  # [token layer expert]
+    with writer(path, settings={**SETTINGS, "router_logits": logits}) as run:
         for part in run.missing():
-            run.write(part, *batch(part))
+            run.write(part, *batch(part), stored)
         return run.finish({"seconds": 1})
 
 
@@ -132,7 +137,10 @@ def test_a_finished_run_is_not_written_again(tmp_path: Path) -> None:
     [
         ({"settings": {**SETTINGS, "max_new_tokens": 1}}, r"settings\.max_new_tokens 0.*got 1"),
         ({"settings": {**SETTINGS, "efforts": ["low", "high"]}}, r"settings\.efforts"),
-        ({"model": {**MODEL, "dtype": "bfloat16"}}, r"model\.dtype 'float32'.*got 'bfloat16'"),
+        (
+            {"model": {**MODEL, "dtype": "bfloat16"}},
+            r"model\.dtype 'float32'.*got 'bfloat16'\. .*delete this one",
+        ),
     ],
 )
 def test_another_setting_is_refused_by_name(tmp_path: Path, changes: dict, name: str) -> None:
@@ -162,16 +170,174 @@ def test_a_foreign_manifest_is_refused(tmp_path: Path, text: str) -> None:
         Run.open(tmp_path)
 
 
+def modes(folder: Path) -> set[int]:
+    return {file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+def test_every_file_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        finished(tmp_path, logits=True)
+    finally:
+        os.umask(before)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+    assert modes(tmp_path) == {0o640}
+
+
+def test_a_shard_that_cannot_be_opened_is_not_called_missing(tmp_path: Path) -> None:
+    shard = finished(tmp_path, logits=True).path / "router_logits" / "000001.safetensors"
+    shard.unlink()
+    shard.symlink_to(shard)
+    with pytest.raises(RunError, match=r"000001\.safetensors: expected .*got.*Too many levels of symbolic links"):
+        Run.open(tmp_path)
+
+
+def edit_manifest(path: Path, edit: Callable[[dict], object]) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    edit(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def without_hashes(path: Path) -> None:
+    """As an earlier version wrote it: other checks must hold alone."""
+    edit_manifest(path, lambda manifest: manifest.pop("files"))
+
+
+def reversed_positions(path: Path) -> None:
+    frame = pl.read_parquet(path / "tokens.parquet")
+    frame.with_columns(pl.col("pos").reverse()).write_parquet(path / "tokens.parquet")
+
+
+def nan_entropies(path: Path) -> None:
+    frame = pl.read_parquet(path / "routing.parquet")
+    nan = pl.lit(float("nan"), dtype=pl.Float32)
+    frame.with_columns(router_entropy=nan).write_parquet(path / "routing.parquet")
+
+
+def flip_bytes(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(data)
+
+
+def flip_pages(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[4:200] = bytes(196)  # the first pages; the footer, which tells the schema, is whole
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (reversed_positions, "tokens"),
+        (nan_entropies, "routing"),
+        (lambda path: flip_bytes(path / "tokens.parquet"), "tokens"),
+        (lambda path: flip_bytes(path / "load.safetensors"), "load"),
+        (lambda path: (path / "routing.parquet").unlink(), r"routing.*No such file or directory\. Run the study"),
+        (lambda path: edit_manifest(path, lambda manifest: manifest["counts"].update(n_groups=99)), "counts.*got.*99"),
+    ],
+)
+def test_what_was_changed_after_the_study_is_refused(
+    tmp_path: Path, damage: Callable[[Path], object], named: str
+) -> None:
+    damage(finished(tmp_path).path)
+    with pytest.raises(RunError, match=named):
+        Run.open(tmp_path)
+
+
+def test_a_shard_that_was_changed_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    run = finished(tmp_path, logits=True)
+    assert [len(tokens) for tokens, _, _ in run.router_logits()] == [2, 2, 2]
+    shard = run.path / "router_logits" / "000002.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the header is whole, a logit is not
+    shards = iter(Run.open(tmp_path).router_logits())
+    next(shards), next(shards)
+    with pytest.raises(RunError, match=r"000002\.safetensors: expected the file that the study wrote, got other bytes"):
+        next(shards)
+
+
+def test_a_run_of_an_earlier_version_is_opened_and_its_missing_hashes_are_told(tmp_path: Path) -> None:
+    run = finished(tmp_path, logits=True)
+    without_hashes(tmp_path)
+    with pytest.warns(UserWarning, match="no hashes in its manifest"):
+        earlier = Run.open(tmp_path)
+    assert_frame_equal(earlier.routing.collect(), run.routing.collect())
+    assert len(list(earlier.router_logits())) == 3
+
+
+def test_frames_without_hashes_are_judged_by_their_types_and_values(tmp_path: Path) -> None:
+    path = finished(tmp_path).path
+    without_hashes(path)
+    tokens, routing = (pl.read_parquet(path / f"{name}.parquet") for name in ("tokens", "routing"))
+    far = pl.lit([0, 9], dtype=pl.List(pl.Int16))
+    for name, frame, message in (
+        ("tokens", tokens.with_columns(pl.col("token_id").cast(pl.String)), "expected token_id as Int32, got String"),
+        ("tokens", tokens.drop("topic"), "expected columns doc_id"),
+        ("routing", routing.with_columns(expert_ids=far), "expected 2 experts of 0 to 3 in every row, got 2 to 2 of 0"),
+        ("routing", routing.with_columns(doc_id=pl.lit("other")), "expected the routing of this run's tokens, got 2"),
+    ):
+        whole = (path / f"{name}.parquet").read_bytes()
+        frame.write_parquet(path / f"{name}.parquet")
+        with pytest.raises(RunError, match=rf"{name}\.parquet: {message}"):
+            Run.open(path)
+        (path / f"{name}.parquet").write_bytes(whole)
+
+
+def test_flipped_bytes_of_a_frame_without_hashes_are_no_traceback(tmp_path: Path) -> None:
+    path = finished(tmp_path).path
+    without_hashes(path)
+    flip_pages(path / "tokens.parquet")
+    with pytest.raises(RunError, match="expected whole Parquet files, got"):
+        Run.open(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stop_ids", ["x"], r"expected model\.stop_ids as list\[int\], got \['x'\]"),
+        ("interventions", None, r"expected settings\.interventions as dict, got None"),
+        ("files", {"tokens.parquet": 3}, r"expected files as dict\[str, str\]"),
+    ],
+)
+def test_a_value_of_another_type_in_the_manifest_is_named(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    path = finished(tmp_path).path
+    places = {"stop_ids": "model", "interventions": "settings"}
+    edit_manifest(path, lambda manifest: (manifest[places[key]] if key in places else manifest).update({key: value}))
+    with pytest.raises(RunError, match=message):
+        Run.open(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda part: part.write_bytes(b"junk"), Path.unlink, lambda part: flip_pages(part)],
+    ids=["junk", "missing", "flipped"],
+)
+def test_a_damaged_part_is_named_and_made_again(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    with writer(tmp_path) as run:
+        run.write(0, *batch(0))
+    damage(tmp_path / "parts" / "000000.routing.parquet")
+    with pytest.raises(RunError, match=r"parts.*expected .* Parquet file.*Delete .*parts and run the study again"):
+        finished(tmp_path)
+    shutil.rmtree(tmp_path / "parts")
+    assert finished(tmp_path).manifest["counts"]["n_docs"] == 3
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = finished(tmp_path).path
     (path / "routing.parquet").write_bytes(b"PAR1 nothing")
+    without_hashes(path)
     with pytest.raises(RunError, match=r"routing\.parquet: expected a Parquet file"):
         Run.open(path)
     finished(tmp_path / "b").tokens.collect().head(1).write_parquet(tmp_path / "b" / "tokens.parquet")
-    with pytest.raises(RunError, match=r"expected 6 rows.*got 1 of"):
+    without_hashes(tmp_path / "b")
+    with pytest.raises(RunError, match=r"expected 6 rows, got 1"):
         Run.open(tmp_path / "b")
     (finished(tmp_path / "c").path / "load.safetensors").write_bytes(b"nothing")
-    with pytest.raises(RunError, match="expected an expert load"):
+    without_hashes(tmp_path / "c")
+    with pytest.warns(match="no hashes"), pytest.raises(RunError, match="expected an expert load"):
         Run.open(tmp_path / "c")
 
 
@@ -196,7 +362,7 @@ def test_a_manifest_without_a_key_is_damaged(tmp_path: Path, name: str) -> None:
         inner = inner[key]
     del inner[last]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(RunError, match=rf"manifest\.json: expected {name} as \w+, got None"):
+    with pytest.raises(RunError, match=rf"manifest\.json: expected {name} as \S+, got None"):
         Run.open(tmp_path)
 
 
@@ -214,7 +380,8 @@ def test_the_load_of_another_run_is_refused(tmp_path: Path, labels: dict, shape:
     counts = np.zeros(shape, dtype=np.int64)
     counts[0, :, :, 0] = 12  # 6 Japanese tokens of 2 experts each
     write_load(finished(tmp_path).path / "load.safetensors", counts, labels)
-    with pytest.raises(RunError, match=message):
+    without_hashes(tmp_path)
+    with pytest.warns(match="no hashes"), pytest.raises(RunError, match=message):
         Run.open(tmp_path)
 
 
@@ -223,6 +390,35 @@ def test_the_seed_of_the_report_may_change(tmp_path: Path) -> None:
     assert run.seed == 0
     run.seed = 3
     assert finished(tmp_path).seed == 3
+
+
+def test_a_run_continued_under_other_software_warns(tmp_path: Path) -> None:
+    def begin(torch: str, n: int) -> None:
+        about = {"versions": {"torch": torch, "polars": "1"}}
+        with RunWriter.open(tmp_path, IDENTITY, about, n_parts=3) as run:
+            for part in run.missing()[:n]:
+                run.write(part, *batch(part))
+            if not run.missing():
+                run.finish({})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin("2.11", 1)
+        begin("2.11", 1)
+    with pytest.warns(UserWarning, match=r"other software \(torch 2\.11, now 2\.13\)"):
+        begin("2.13", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin("2.14", 0)  # complete: nothing is joined to it
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", ".lock")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(RunError, match=r"expected a place to write, got Permission denied\. Pass another"):
+        missing(tmp_path)
 
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
@@ -262,3 +458,13 @@ def test_atomic_leaves_the_old_file_when_the_new_one_fails(tmp_path: Path) -> No
         temporary.write_text("ne")
         raise ValueError("halfway")
     assert target.read_text() == "old"
+
+
+def test_router_logits_that_vanished_before_the_end_are_named(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "router_logits": True}
+    logits = np.zeros((2, 2, 4), dtype=np.float32)
+    with writer(tmp_path, settings=settings) as run:
+        run.write(0, *batch(0), logits)
+        (tmp_path / "parts" / "000000.router_logits.safetensors").unlink()
+    with pytest.raises(RunError, match=r"000000\.router_logits\.safetensors: expected router logits, got none. Delete"):
+        finished(tmp_path, logits=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -370,6 +371,24 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(
         save_model(moe, one_file)
     assert_same_weights(moe, load_model(one_file))
     assert [entry.name for entry in one_file.parent.iterdir()] == [one_file.name]
+
+
+def test_a_checkpoint_may_be_read_by_whom_the_umask_lets(moe: Llama, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_model(moe, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}
+
+
+def test_a_shard_that_may_not_be_read_is_not_called_corrupt(one_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected a readable file, got Permission denied"):
+        checkpoint.read_headers(one_file)
 
 
 def test_save_checks_its_arguments(moe: Llama, tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ def test_settings_follow_the_model_unless_told_otherwise() -> None:
     assert settings_for(None, template="harmony", max_new_tokens=3, efforts=["low"]) == Settings("harmony", ("low",), 3)
     with pytest.raises(RunError, match="efforts: expected none in plain text, got low"):
         settings_for(None, efforts=["low"])
+    with pytest.raises(RunError, match="efforts: expected none in plain text, got an empty list"):
+        settings_for(None, efforts=())
+    with pytest.raises(RunError, match="efforts: expected some of low, medium, high, got none"):
+        settings_for("a template", efforts=())
 
 
 @pytest.mark.parametrize(

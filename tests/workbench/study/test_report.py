@@ -17,7 +17,7 @@ from workbench.models import Llama
 from workbench.stats.calibration import FLOORS
 from workbench.study import Settings, run_study, write_report
 from workbench.study.examples import N_GROUPS, choose_documents
-from workbench.study.languages import language_facts, language_frames
+from workbench.study.languages import flagged_places, language_facts, language_frames
 from workbench.study.report import draw, summarise
 
 
@@ -179,7 +179,7 @@ def test_plain_text_in_one_language_gives_a_smaller_page(small: Llama, prompts: 
     text = write_report(run_study(small, english, tmp_path, Settings(template="plain", max_new_tokens=0))).read_text(
         encoding="utf-8"
     )
-    assert "not in both Japanese and English, so the languages are not compared" in text
+    assert "No prompt group is in both Japanese and English, so the languages are not compared" in text
     assert "5 texts in English from 5 prompt groups" in text
     assert "英語のプロンプトを与え" in text
     assert "日本語と英語のプロンプト" not in text
@@ -188,6 +188,19 @@ def test_plain_text_in_one_language_gives_a_smaller_page(small: Llama, prompts: 
     assert "one pass over each whole text" in text
     assert 'data-figure="divergence"' not in text
     assert "bare text after a BOS token and not answered" in text
+
+
+def test_two_languages_without_a_pair_are_not_compared(
+    small: Llama, prompts: list[Prompt], settings: Settings, tmp_path: Path
+) -> None:
+    unpaired = [prompt for place, prompt in enumerate(prompts) if place in (0, 3, 6, 9)]  # sum ja, tea en, ...
+    run = run_study(small, unpaired, tmp_path, settings)
+    assert flagged_places(run, run.tokens.collect()) == []
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "No prompt group is in both Japanese and English, so the languages are not compared" in text
+    assert "0 of 4 prompt groups are in both languages" in text
+    assert "12 conversations in Japanese and English from 4 prompt groups" in text
+    assert {'data-figure="divergence"', 'data-figure="forest"', 'data-figure="overlap"'}.isdisjoint(text.split())
 
 
 def test_two_groups_give_a_page_that_says_so(
@@ -215,6 +228,17 @@ def test_the_page_tells_no_path_of_this_machine(finished_run: Run, page: str, tm
     path.write_text(path.read_text(encoding="utf-8").replace('"source": "small"', '"source": "/srv/models/small"'))
     assert Run.open(path.parent).manifest["sittings"][0]["source"] == "/srv/models/small"
     assert write_report(path.parent).read_text(encoding="utf-8") == page
+
+
+def test_a_run_of_two_versions_of_the_software_says_so(finished_run: Run, page: str, tmp_path: Path) -> None:
+    assert "under different software" not in page
+    path = shutil.copytree(finished_run.path, tmp_path / "run") / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    (first,) = manifest["sittings"]
+    manifest["sittings"] = [{**first, "versions": {**first["versions"], "torch": "2.0.0"}}, first]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    said = f"measured under different software (torch 2.0.0 and {first['versions']['torch']}): its parts may differ"
+    assert said in write_report(path.parent).read_text(encoding="utf-8")
 
 
 def test_the_lead_names_the_languages_and_what_was_done(page: str) -> None:
