@@ -110,7 +110,7 @@ def _audit(frames: dict[str, pl.DataFrame]) -> list[str]:
         return []
     removed = frames["audit"].filter(kind="reroute")
     matter, one_by_one = (removed.filter(pl.col(name) <= ALPHA) for name in ("p_kl_adjusted", "p_kl"))
-    n, least = removed["n_controls"].max(), removed["least_p"].to_numpy().min()
+    n, least = int(removed["n_controls"].to_numpy().max()), float(removed["least_p"].to_numpy().min())
     limit = f", of which {n} controls allow none below p = {least:.2f}" if least > ALPHA else ""
     return [
         f"Of {counted(len(removed), 'expert')} flagged on shared words or on all, {len(one_by_one)} matter more when "

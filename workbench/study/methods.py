@@ -150,7 +150,7 @@ def _audit(frames: Frames) -> Iterator[str]:
     yield (
         f"Audit: {len(audit.filter(kind='reroute'))} flagged experts, of shared words first, then of all, those with "
         f"the largest differences; {row['n_docs']} conversations of {row['n_groups']} groups; controls are up to "
-        f"{audit['n_controls'].max()} other experts of the layer, each once, on at most as many token-slots and "
-        f"compared per slot, so that p is at least {1 / (row['n_controls'] + 1):.3f}; Holm over the {row['n_tests']} "
-        f"experts of an intervention, so that a corrected p is at least {audit['least_p'].to_numpy().min():.2f}."
+        f"{audit['n_controls'].to_numpy().max()} other experts of the layer, each once, on at most as many token-slots "
+        f"and compared per slot, so that p is at least {1 / (row['n_controls'] + 1):.3f}; Holm over the "
+        f"{row['n_tests']} experts of an intervention, so that a corrected p is at least {audit['least_p'].to_numpy().min():.2f}."
     )

@@ -180,12 +180,12 @@ def _steps(frames: Frames) -> str:
 
 def _paths(row: dict) -> str:
     """The ways through all layers at once, against a chain that knows the layer before alone."""
-    shown = estimate(row["path_entropy"], row["path_entropy_low"], row["path_entropy_high"], ".2f")
     verdict = "fewer ways than" if row["p"] <= 0.05 else "not certainly fewer ways than"
     return (
-        f"First experts make {row['n_paths']:,} paths through all layers, with an entropy of {shown} bits: {verdict} "
-        f"if each layer knew the one before alone ({row['null_entropy']:.2f}, 95% of draws {row['null_low']:.2f} to "
-        f"{row['null_high']:.2f}, p {row['p']:.2f})."
+        f"First experts make {row['n_paths']:,} paths through all layers ({row['n_distinct']:,} where each counts once "
+        f"per group): {verdict} if each layer knew the one before alone, by {row['excess']:.3f} bits (p "
+        f"{row['p']:.2f}; {row['path_entropy']:.2f} bits against {row['null_low']:.2f} to {row['null_high']:.2f} in 95% of exchanges; "
+        "both grow with the amount of text)."
     )
 
 

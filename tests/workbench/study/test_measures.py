@@ -129,7 +129,7 @@ def test_remarks_and_methods_say_what_the_frames_hold(finished_run: Run, tokens:
     assert f"of {len(frames['steps']):,} pairs of an expert and one of the next layer" in said["steps"]
     about = frames["path_entropy"].row(0, named=True)
     assert f"First experts make {about['n_paths']:,} paths" in said["steps"]
-    assert f"the one before alone ({about['null_entropy']:.2f}, 95% of draws" in said["steps"]
+    assert f"the one before alone, by {about['excess']:.3f} bits (p {about['p']:.2f};" in said["steps"]
     assert said["vocabulary"] == ""  # no word of these short texts occurs 20 times at one effort
     lines = methods(tokens, frames)
     assert any(line.startswith("Pairs of experts: ") and f"{len(frames['pairs']):,} tests" in line for line in lines)
