@@ -31,6 +31,19 @@ def assert_same(run: Run, other: Run) -> None:
     assert_frame_equal(run.load(), other.load())
 
 
+def assert_same_pages(path: Path, other: Path) -> None:
+    """Tables of experts and of the page, and the page itself but for the rows that tell of its sittings."""
+    for folder in ("experts", "tables"):
+        names = [sorted(file.name for file in (each / folder).iterdir()) for each in (path, other)]
+        assert names[0] == names[1]
+        for name in names[0]:
+            assert (path / folder / name).read_bytes() == (other / folder / name).read_bytes(), name
+    pages = [(each / "report.html").read_text(encoding="utf-8") for each in (path, other)]
+    kept = [[line for line in page.splitlines() if "<th>sittings " not in line] for page in pages]
+    assert kept[0] == kept[1]
+    assert all(len(lines) < len(page.splitlines()) for lines, page in zip(kept, pages, strict=True))
+
+
 def test_every_conversation_is_there_with_its_answer(finished_run: Run, prompts: list[Prompt]) -> None:
     tokens = finished_run.tokens.collect()
     docs = tokens.group_by("doc_id").agg(pl.col("pos").is_sorted().all(), n=pl.len(), last=pl.col("pos").max())
@@ -220,7 +233,16 @@ def test_killed_at_random_moments_it_ends_in_the_same_run(saved: tuple[Path, Pat
         time.sleep(moments.uniform(0.0, 0.6))
         process.send_signal(signal.SIGKILL)
         hits += process.wait() == -signal.SIGKILL
+    assert hits >= 2
+    experts = tmp_path / "killed" / "experts"
+    process = start(tmp_path / "killed")
+    while process.poll() is None and not (experts / "peaks.parquet").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (experts / "audit.parquet").exists(), "it was killed while experts were measured"
     last = start(tmp_path / "killed")
     assert last.wait(timeout=120) == 0, last.stderr
-    assert 2 <= hits <= sittings()  # everyone who was killed had begun
+    assert hits <= sittings()  # everyone who was killed had begun
     assert_same(Run.open(tmp_path / "killed"), Run.open(tmp_path / "whole"))
+    assert_same_pages(tmp_path / "killed", tmp_path / "whole")
