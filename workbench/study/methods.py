@@ -146,11 +146,11 @@ def _audit(frames: Frames) -> Iterator[str]:
     audit = frames.get("audit", pl.DataFrame())
     if audit.is_empty():
         return
-    row = audit.row(0, named=True)
+    row, n_controls = audit.row(0, named=True), int(audit["n_controls"].to_numpy().max())
     yield (
         f"Audit: {len(audit.filter(kind='reroute'))} flagged experts, of shared words first, then of all, those with "
         f"the largest differences; {row['n_docs']} conversations of {row['n_groups']} groups; controls are up to "
-        f"{audit['n_controls'].to_numpy().max()} other experts of the layer, each once, on at most as many token-slots "
-        f"and compared per slot, so that p is at least {1 / (row['n_controls'] + 1):.3f}; Holm over the "
-        f"{row['n_tests']} experts of an intervention, so that a corrected p is at least {audit['least_p'].to_numpy().min():.2f}."
+        f"{n_controls} other experts of the layer, each once, on at most as many token-slots and compared per slot, so "
+        f"that p is at least {1 / (n_controls + 1):.3f}; Holm over the {row['n_tests']} experts of an intervention, so "
+        f"that a corrected p is at least {audit['least_p'].to_numpy().min():.2f}."
     )

@@ -183,9 +183,9 @@ def _paths(row: dict) -> str:
     verdict = "fewer ways than" if row["p"] <= 0.05 else "not certainly fewer ways than"
     return (
         f"First experts make {row['n_paths']:,} paths through all layers ({row['n_distinct']:,} where each counts once "
-        f"per group): {verdict} if each layer knew the one before alone, by {row['excess']:.3f} bits (p "
-        f"{row['p']:.2f}; {row['path_entropy']:.2f} bits against {row['null_low']:.2f} to {row['null_high']:.2f} in 95% of exchanges; "
-        "both grow with the amount of text)."
+        f"per group): {verdict} if each layer knew the one before alone, by {row['excess']:.3f} bits "
+        f"(p {row['p']:.2f}; {row['path_entropy']:.2f} bits against {row['null_low']:.2f} to {row['null_high']:.2f} in "
+        "95% of exchanges; both grow with the amount of text)."
     )
 
 
