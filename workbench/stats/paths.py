@@ -97,9 +97,7 @@ def _about(once: Ints, n_draws: int, seed: int) -> pl.DataFrame:
         "max_entropy": float(np.log2(len(once))),
         "entropy_rate": float(entropy) / once.shape[1],
     }
-    # null until its one reader, the remarks of the report, asks for no interval
-    unknown = [pl.lit(None, pl.Float64).alias(f"path_entropy_{end}") for end in ("low", "high")]
-    return pl.DataFrame([facts]).with_columns(pl.col(pl.Float64).fill_nan(None), *unknown)
+    return pl.DataFrame([facts]).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
 def _path_entropies(first: Ints) -> Floats:  # [path layer] -> path entropy and Markov entropy, bits
