@@ -11,7 +11,7 @@ from workbench.stats.load import CONTENT_SEGMENTS
 
 Frames = dict[str, pl.DataFrame]
 REACH = 8  # tokens on each side of an event, fewer where most answers are shorter
-MOST = 0.8  # of the groups that have a turn must hold every place
+MOST = 0.8  # of the groups with a turn and a control in one document must hold every place
 VALUES = ("router_entropy", "turnover")
 
 
@@ -45,7 +45,7 @@ def event_frames(run: Run, tokens: pl.DataFrame) -> Frames:
 def fitting_reach(
     values: pl.DataFrame, tokens: pl.DataFrame, events: pl.DataFrame, controls: pl.DataFrame, value: str
 ) -> int:
-    """The largest reach up to REACH at which MOST of the groups with both an event and a control hold every place."""
+    """The largest reach up to REACH at which MOST of the groups with both in one document hold every place."""
     sizes = {}
     for reach in range(REACH + 1):
         average = event_average(values, tokens, events, controls, value, reach, n_resamples=1)
