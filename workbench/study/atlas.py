@@ -133,7 +133,7 @@ def _card(layer: int, expert: int, index: Mapping[str, Rows], judged: bool) -> C
             facts.append(Fact("raises", "  ".join(map(repr, row["raises"]))))
             facts.append(Fact("lowers", "  ".join(map(repr, row["lowers"]))))
     facts += [Fact("adds", _adds(row)) for row in rows("contribution") if row["n_slots"]]
-    facts += [Fact("removed", _removed(row)) for row in rows("removal")]
+    facts += [Fact("removed", _removed(row)) for row in rows("removal") if known(row["kl"])]
     facts += [Fact(f"audit, {row['kind']}", _audited(row)) for row in rows("audit")]
     facts += [Fact("super expert", f"peak output {row['peak']:.0f}") for row in rows("peaks") if row["super"]]
     shown = [(row["before"], row["token"], row["after"], row["lang"]) for row in rows("contexts")]

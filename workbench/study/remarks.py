@@ -68,6 +68,8 @@ def _in_a_row(in_a_row: pl.DataFrame) -> str:
         "gain", descending=True, maintain_order=True
     )
     top = gains.row(0, named=True)
+    if top["gain"] < 0.001:
+        return "No layer serves tokens in a row better than shuffled ones."
     return (
         f"The largest gain over shuffled tokens is in layer {top['layer']}: one set of experts serves {top['m']} "
         f"tokens in a row with F1 {estimate(top['srp'], top['low'], top['high'], '.3f')}, and as many tokens from "
@@ -137,6 +139,8 @@ def _again(frames: Frames) -> str:
     if "replication" not in frames:
         return text
     found, flagged = frames["replication"], frames.get("shared", frames["contrasts"]).filter("flagged")
+    if found.is_empty() and flagged.is_empty():
+        return f"{text} No expert is flagged, on the groups kept for discovery alone or on all of them."
     stable = flagged.join(frames["stability"].filter(pl.col("stability") >= STABLE), on=["layer", "expert"], how="semi")
     return (
         f"{text} Of {counted(len(found), 'expert')} flagged on the groups kept for discovery alone "

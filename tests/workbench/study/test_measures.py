@@ -152,6 +152,11 @@ def test_what_would_be_found_again_counts_the_flagged_alone() -> None:
     assert "mean rank correlation 0.40 to 0.90 over layers" in said
     assert "Of 4 experts flagged on the groups kept for discovery alone 3 differ again" in said
     assert "Of the 2 flagged on all groups 1 lie beyond the floors" in said
+    none = {name: frames[name].clear() for name in ("replication",)}
+    none |= {"contrasts": frames["contrasts"].with_columns(flagged=pl.lit(False))}
+    assert _again(frames | none).endswith(
+        "No expert is flagged, on the groups kept for discovery alone or on all of them."
+    )
     few = pl.DataFrame({"layer": [0], "spearman": [float("nan")], "n_groups": [3]})
     assert _again(frames | {"reliability": few}) == ""
 
@@ -262,6 +267,8 @@ def test_tokens_in_a_row_are_told_by_the_largest_gain() -> None:
     assert "is in layer 1: one set of experts serves 16 tokens in a row with F1 0.700 [0.600, 0.800]" in said
     assert said.endswith("and as many tokens from anywhere with 0.400.")
     assert _in_a_row(frame[:0]) == ""
+    same = frame.with_columns(null=pl.col("srp"))
+    assert _in_a_row(same) == "No layer serves tokens in a row better than shuffled ones."
     fig = in_a_row_curves(frame)
     named = {trace.name: list(trace.y) for trace in fig.data if trace.name}
     assert named == {"4 tokens in a row": [0.9, 0.8], "16 tokens in a row": [0.5, 0.7]}
