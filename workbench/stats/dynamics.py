@@ -124,7 +124,7 @@ def local_consistency(
     layers, ids = token_array(kept, routing)
     if ids.size:
         check_choices(ids, n_experts)
-    stretch, group = _stretches(kept), codes(kept["group_id"])
+    stretch, group = stretches(kept), codes(kept["group_id"])
     rng = np.random.default_rng(seed)
     rows = []
     for m in lengths:
@@ -145,7 +145,7 @@ def local_consistency(
     return pl.DataFrame(rows, schema=names, orient="row")
 
 
-def _stretches(kept: pl.DataFrame) -> Ints:
+def stretches(kept: pl.DataFrame) -> Ints:
     """A number for every row, another one wherever the document or its segment changes or positions are missing."""
     keys = [name for name in ("doc_id", "segment_index") if name in kept.columns]
     part, pos = codes(kept.select(keys)), kept["pos"].cast(pl.Int64).to_numpy()

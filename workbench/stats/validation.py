@@ -167,6 +167,39 @@ def selection_stability(
     )
 
 
+def without_each(
+    counts: pl.DataFrame, labels: pl.DataFrame, axis: str, values: Sequence[str], n_experts: int, label: str = "topic"
+) -> pl.DataFrame:
+    """Does a difference hang on one topic? The contrast with each value of `label` left out in turn.
+
+    counts: `load.slot_counts` by [group_id, axis]; labels: group_id and `label`, one row per group. Columns layer,
+    expert, risk_difference (all groups), least (the mean over the other groups, in the direction of all, where it is
+    smallest: below 0 it turns round), without (the value left out there), n_labels, n_groups. Leave-one-topic-out is a
+    sensitivity analysis: it has no interval. Null: topics do not matter, so that leaving one out changes a difference
+    only by its sampling error. Null values where there are fewer than two labels. Its use here is the project's.
+    """
+    groups, layers, cube = frequency_cube(counts, axis, values, n_experts)
+    of = dict(labels.select("group_id", label).unique("group_id").rows())
+    names = sorted({str(of[group]) for group in groups if of.get(group) is not None})
+    differences = cube[0] - cube[1]  # [group layer expert]
+    mean = differences.mean(0) if groups else np.full(cube.shape[2:], np.nan)
+    least, where = np.full(mean.shape, np.nan), np.zeros(mean.shape, dtype=np.int64)
+    if len(names) > 1:
+        outside = [np.array([str(of.get(group)) != name for group in groups]) for name in names]
+        left = np.stack([differences[keep].mean(0) * np.sign(mean) for keep in outside])  # [label layer expert]
+        least, where = left.min(0), left.argmin(0)
+    columns = {
+        "layer": np.repeat(np.array(layers, dtype=np.int64), n_experts),
+        "expert": np.tile(np.arange(n_experts), len(layers)),
+        "risk_difference": pl.Series(mean.ravel(), nan_to_null=True),
+        "least": pl.Series(least.ravel(), nan_to_null=True),
+        "without": [names[place] if len(names) > 1 else None for place in where.ravel()],
+    }
+    schema = {"without": pl.String}
+    sizes = {"n_labels": pl.lit(len(names)), "n_groups": pl.lit(len(groups))}
+    return pl.DataFrame(columns, schema_overrides=schema).with_columns(**sizes)
+
+
 def equivalent_experts(contrasts: pl.DataFrame, margin: float) -> pl.DataFrame:
     """The contrasts with column `shared`: the two conditions use the expert alike to within `margin`.
 

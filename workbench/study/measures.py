@@ -13,13 +13,19 @@ from workbench.stats.balance import auxiliary_loss, balance_by_scope, margin_sum
 from workbench.stats.baselines import committee
 from workbench.stats.coactivation import coactivation, cross_layer
 from workbench.stats.divergence import top_overlap
+from workbench.stats.dwell import leaving_hazard
 from workbench.stats.dynamics import layer_consistency, local_consistency, persistence
 from workbench.stats.load import CONTENT_SEGMENTS, slot_counts
 from workbench.stats.logits import logit_cells
 from workbench.stats.matching import at_one_effort, fertility, match_length, with_position_bin
 from workbench.stats.paths import paths
 from workbench.stats.specialisation import specialisation, vocabulary_specialisation
-from workbench.stats.validation import discover_and_validate, selection_stability, split_half_reliability
+from workbench.stats.validation import (
+    discover_and_validate,
+    selection_stability,
+    split_half_reliability,
+    without_each,
+)
 from workbench.study.languages import compares_languages, contrast, floors_of, has_logits, shared_words
 from workbench.study.swap import SWAP_SIDES
 
@@ -32,7 +38,8 @@ IN_A_ROW = (4, 16, 64)  # tokens of a segment that one set of experts is to serv
 
 
 def measure_frames(run: Run, tokens: pl.DataFrame) -> Frames:
-    """preferences, vocabulary, persistence, in_a_row (tokens that one set of experts serves), layers (alike in how they
+    """preferences, vocabulary, persistence, in_a_row (tokens that one set of experts serves), dwell (how long
+    experts stay chosen), layers (alike in how they
     sort tokens), pairs, steps (from layer to layer), paths (through all layers) and path_entropy, `evenness_frames`,
     and what applies of committee, free_effort, free_channel, and `language_measures`."""
     once = at_one_effort(tokens)
@@ -42,6 +49,7 @@ def measure_frames(run: Run, tokens: pl.DataFrame) -> Frames:
         "vocabulary": vocabulary_specialisation(once, run.routing, run.n_experts, seed=run.seed),
         "persistence": persistence(once, run.routing, run.n_experts, seed=run.seed),
         "in_a_row": local_consistency(once, run.routing, run.n_experts, IN_A_ROW, seed=run.seed),
+        "dwell": leaving_hazard(once, run.routing, run.n_experts),
         "layers": layer_consistency(once, run.routing, seed=run.seed),
         "pairs": coactivation(some, run.routing, run.n_experts, n_draws=N_DRAWS, seed=run.seed),
     }
@@ -100,12 +108,14 @@ def some_groups(tokens: pl.DataFrame, n_tokens: int = PAIR_TOKENS) -> pl.DataFra
 
 
 def language_measures(run: Run, tokens: pl.DataFrame) -> Frames:
-    """fertility, overlap (of the most used experts), and of the shared words, or of all where none are shared:
-    reliability (split halves), replication (discovered on one half of the groups, tested on the other), stability."""
+    """fertility, overlap (of the most used experts), without_topic (each topic left out), and of the shared words, or
+    of all where none are shared: reliability (split halves), replication (discovered on one half of the groups, tested
+    on the other), stability."""
     counts = slot_counts(tokens, run.routing, ["group_id", "lang"])
     k = run.manifest["model"]["k"]
     pair = ("lang", LANGUAGES, run.n_experts)
     frames = {"overlap": top_overlap(counts, *pair, sizes=(k, 2 * k), seed=run.seed)}
+    frames["without_topic"] = without_each(counts, tokens.select("group_id", "topic").unique(), *pair)
     if compares_languages(tokens.filter(pl.col("segment") == "user")):
         frames["fertility"] = fertility(tokens, "lang", LANGUAGES)
     matched = shared_words(tokens)

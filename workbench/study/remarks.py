@@ -12,6 +12,7 @@ from workbench.study.wording import counted, estimate, known
 Frames = dict[str, pl.DataFrame]
 LIFT = ("log2_lift", "log2_lift_low", "log2_lift_high")
 ENOUGH = 5.0  # expected counts
+FEW_RUNS = 100
 STABLE = 0.8  # share of half samples (Meinshausen & Buhlmann 2010)
 
 
@@ -23,7 +24,7 @@ def remarks(frames: Frames) -> dict[str, str]:
         "fertility": _fertility(frames),
         "again": _again(frames),
         "vocabulary": _vocabulary(frames["vocabulary"]),
-        "in_a_row": _in_a_row(frames["in_a_row"]),
+        "in_a_row": " ".join(filter(None, (_in_a_row(frames["in_a_row"]), _dwell(frames["dwell"])))),
         "companions": _companions(frames["pairs"]),
         "steps": _steps(frames),
         "committee": _committee(frames),
@@ -77,6 +78,23 @@ def _in_a_row(in_a_row: pl.DataFrame) -> str:
     )
 
 
+def _dwell(dwell: pl.DataFrame) -> str:
+    """Where an expert stays chosen longest beyond what its load gives."""
+    known = dwell.filter(pl.col("age") == 1, pl.col("excess").is_not_null())
+    if known.is_empty():
+        return ""
+    top = known.sort("excess", descending=True, maintain_order=True).row(0, named=True)
+    text = (
+        f"In layer {top['layer']} the next token leaves {top['hazard']:.0%} of the experts just taken up, where their "
+        f"load alone would have it leave {top['null']:.0%} "
+        f"(difference {estimate(top['excess'], top['excess_low'], top['excess_high'], '.3f')})"
+    )
+    later = dwell.filter(layer=top["layer"], age=4).filter(pl.col("n_at_risk") >= FEW_RUNS)
+    for row in later.iter_rows(named=True):
+        text += f", and of those kept for four tokens {row['hazard']:.0%} instead of {row['null']:.0%}"
+    return f"{text}."
+
+
 def _turns(frames: Frames) -> str:
     """What is significant around the turns of an answer, mean over layers."""
     if "events_mean" not in frames:
@@ -126,8 +144,28 @@ def _fertility(frames: Frames) -> str:
     )
 
 
+def _topics(frames: Frames) -> str:
+    """How much of what differs on all words hangs on one topic."""
+    if "without_topic" not in frames:
+        return ""
+    certain = frames["contrasts"].filter(pl.col("p_adjusted") <= 0.05)
+    if certain.is_empty() or frames["without_topic"]["least"].null_count():
+        return ""
+    without = frames["without_topic"].join(certain.select("layer", "expert"), on=["layer", "expert"], how="semi")
+    kept = without.filter(pl.col("least") >= 0.5 * pl.col("risk_difference").abs())
+    return (
+        f" Of the {counted(len(without), 'expert')} that differ significantly on all words, {len(kept)} keep at least "
+        f"half of their difference whichever of the {without['n_labels'][0]} topics is left out."
+    )
+
+
 def _again(frames: Frames) -> str:
     """Of what was found, how much would be found again."""
+    found = _found_again(frames)
+    return f"{found}{_topics(frames)}" if found else ""
+
+
+def _found_again(frames: Frames) -> str:
     if "reliability" not in frames or not frames["reliability"]["spearman"].is_finite().all():
         return ""  # fewer than four groups
     halves = frames["reliability"]

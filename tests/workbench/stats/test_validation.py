@@ -12,6 +12,7 @@ from workbench.stats.validation import (
     equivalent_experts,
     selection_stability,
     split_half_reliability,
+    without_each,
 )
 
 BOTH = ("ja", "en")
@@ -101,3 +102,31 @@ def test_sharing_is_a_claim_of_its_own(counts: pl.DataFrame) -> None:
     assert not shared[0]
     assert sum(shared.values()) >= 10
     assert not equivalent_experts(contrasts, margin=0.001)["shared"].any()
+
+
+def test_a_difference_of_one_topic_goes_with_it(counts: pl.DataFrame) -> None:
+    groups = counts.select("group_id").unique().sort("group_id").with_row_index("row")
+    labels = groups.select("group_id", topic=pl.when(pl.col("row") < 10).then(pl.lit("law")).otherwise(pl.lit("food")))
+    law = labels.filter(topic="law").select("group_id")
+    swap = pl.col("lang").replace({"ja": "en", "en": "ja"})
+    alike = pl.concat([counts.join(law, on="group_id"), *(  # outside law both languages have the Japanese counts
+        counts.join(law, on="group_id", how="anti").filter(lang="ja").with_columns(lang=lang)
+        for lang in (pl.col("lang"), swap)
+    )])  # fmt: skip
+    found = without_each(alike, labels, "lang", BOTH, 16).filter(expert=0)
+    assert found["least"].to_list() == pytest.approx([0.0] * len(found))
+    assert found["without"].unique().to_list() == ["law"]
+    whole = without_each(counts, labels, "lang", BOTH, 16).filter(expert=0)
+    rest = (
+        paired_contrasts(counts.join(law, on="group_id", how="anti"), "lang", BOTH, 16).filter(expert=0).sort("layer")
+    )
+    other = paired_contrasts(counts.join(law, on="group_id"), "lang", BOTH, 16).filter(expert=0).sort("layer")
+    smallest = [min(abs(a), abs(b)) for a, b in zip(rest["risk_difference"], other["risk_difference"], strict=True)]
+    assert whole["least"].to_list() == pytest.approx(smallest)
+    assert whole["n_labels"].unique().to_list() == [2]
+
+
+def test_one_topic_cannot_be_left_out(counts: pl.DataFrame) -> None:
+    labels = counts.select("group_id").unique().with_columns(topic=pl.lit("all"))
+    found = without_each(counts, labels, "lang", BOTH, 16)
+    assert found["least"].null_count() == found["without"].null_count() == len(found)

@@ -19,11 +19,13 @@ from workbench.study.methods import methods
 from workbench.study.remarks import (
     _again,
     _committee,
+    _dwell,
     _evenness,
     _geometry,
     _in_a_row,
     _margins,
     _often,
+    _topics,
     _vocabulary,
     remarks,
 )
@@ -322,3 +324,33 @@ def test_the_audit_takes_what_is_flagged_on_shared_words_first() -> None:
     }
     frames = {"shared": pl.DataFrame(shared), "contrasts": pl.DataFrame(every)}
     assert to_audit(frames) == [(1, 6), (0, 5), (2, 9)]
+
+
+def test_what_stays_chosen_is_told_beside_its_load() -> None:
+    rows = {
+        "layer": [0, 0, 1, 1],
+        "age": [1, 4, 1, 4],
+        "n_at_risk": [900, 500, 900, 50],
+        "hazard": [0.8, 0.7, 0.5, 0.4],
+    }
+    rows |= {"null": [0.85, 0.8, 0.7, 0.6], "excess": [0.05, 0.1, 0.2, 0.2], "excess_low": [0.04] * 2 + [0.15] * 2}
+    frame = pl.DataFrame(rows | {"excess_high": [0.06] * 2 + [0.25] * 2})
+    said = _dwell(frame)
+    assert said.startswith("In layer 1 the next token leaves 50% of the experts just taken up, where their load alone")
+    assert said.endswith("leave 70% (difference 0.200 [0.150, 0.250]).")  # too few runs of four tokens
+    assert _dwell(frame.filter(layer=0)).endswith("and of those kept for four tokens 70% instead of 80%.")
+    assert _dwell(frame[:0]) == ""
+
+
+def test_what_hangs_on_one_topic_is_counted() -> None:
+    place = {"layer": [0, 0, 1], "expert": [1, 2, 3]}
+    without = {"risk_difference": [0.4, -0.4, 0.1], "least": [0.3, 0.1, 0.1], "n_labels": [5] * 3}
+    frames = {
+        "contrasts": pl.DataFrame(place | {"p_adjusted": [0.01, 0.02, 0.3]}),
+        "without_topic": pl.DataFrame(place | without),
+    }
+    assert _topics(frames) == (
+        " Of the 2 experts that differ significantly on all words, 1 keep at least half of their difference whichever "
+        "of the 5 topics is left out."
+    )
+    assert _topics({"contrasts": frames["contrasts"]}) == ""
