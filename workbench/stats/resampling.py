@@ -77,7 +77,8 @@ def sign_flip_max_t(
     # A flip that reproduces the data must count as reaching it, whatever the last bits of the sum say.
     reached = np.sort(largest * (1 + 1e-9))
     exceeding = n_flips - np.searchsorted(reached, np.abs(observed), side="left")
-    return observed, (1 + exceeding) / (n_flips + 1)
+    # all flips and none look alike: of few units no draw of flips may give less than all of them would
+    return observed, np.maximum((1 + exceeding) / (n_flips + 1), 2.0 ** (1 - n_units))
 
 
 def _paired_t(means: Floats, squares: Floats, n_units: int, least: Floats | float) -> Floats:

@@ -71,7 +71,8 @@ def _contrasts(frames: dict[str, pl.DataFrame]) -> list[str]:
 
 
 def _few_groups(frames: dict[str, pl.DataFrame]) -> list[str]:
-    n_groups = frames["contrasts"]["n_groups"][0] if "contrasts" in frames else FEW_GROUPS
+    counts = frames["contrasts"]["n_groups"] if "contrasts" in frames else frames["balance"]["n_units"]
+    n_groups = int(counts.to_numpy().max())
     if n_groups >= FEW_GROUPS:
         return []
     verb = "This is" if n_groups == 1 else "These are"
@@ -97,7 +98,15 @@ def _shared(frames: dict[str, pl.DataFrame]) -> list[str]:
             f"{NAMES['ja' if top['side'] > 0 else 'en']}: {abs(top['risk_difference']):.3f} of the shared words "
             f"(95% interval of JA - EN {top['low']:+.3f} to {top['high']:+.3f})."
         )
-    alike = equivalent_experts(frame, ALIKE)["shared"].sum()
+    n_groups = int(frame["n_groups"][0])
+    if 2.0 ** (1 - n_groups) >= ALPHA:
+        lines.append(
+            f"With {counted(n_groups, 'group')} that share words no expert could be told apart at p < {ALPHA}."
+        )
+    if n_groups < FEW_GROUPS:
+        return lines
+    used = frame.filter(pl.col("f_ja") + pl.col("f_en") > 0)
+    alike = equivalent_experts(used, ALIKE)["shared"].sum()
     lines.append(
         f"{alike} of {counted(len(frame), 'expert')} are used alike on these words to within {ALIKE:.0%} of them: "
         "their whole interval lies there, which is more than a difference not found."

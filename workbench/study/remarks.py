@@ -281,11 +281,12 @@ def _geometry(frames: Frames) -> str:
     if frame.is_empty() or frame["n_docs"][0] < 4 or not frame["gap_residual"].fill_null(math.nan).is_finite().all():
         return ""
     r2, left = frame["r2"].to_numpy(), (frame["gap_residual"] / frame["gap"]).to_numpy()
-    above = (frame["gap_residual_low"].fill_null(math.nan) > 0).sum()
+    low = frame["gap_residual_low"].fill_nan(None).drop_nulls()  # none where groups are few
+    above = f"; its 95% interval lies above 0 in {(low > 0).sum()}" if len(low) else ""
     return (
         "Texts that look alike to a router are routed alike whatever experts are for. On a sample of "
         f"{frame['n_docs'][0]} documents the cosine of their hidden states explains {r2.min():.0%} to {r2.max():.0%} "
         "of the likeness of their routes over the layers. Of what texts of one language share beyond texts of two it "
         f"leaves {left.min():.0%} to {left.max():.0%}, more than chance (p at most 0.05) in "
-        f"{(frame['p'] <= 0.05).sum()} of {counted(len(frame), 'layer')}; its 95% interval lies above 0 in {above}."
+        f"{(frame['p'] <= 0.05).sum()} of {counted(len(frame), 'layer')}{above}."
     )

@@ -104,3 +104,12 @@ def test_the_interval_of_light_tails_is_the_textbook_one() -> None:
     np.testing.assert_allclose(low, [3 - half_width, 0], rtol=1e-5)
     np.testing.assert_allclose(high, [3 + half_width, 0], rtol=1e-5)
     assert np.isnan(t_interval(values[:1])).all()
+
+
+def test_few_units_give_no_p_below_what_all_flips_would() -> None:
+    rng = np.random.default_rng(0)
+    for n_units in (4, 6):
+        differences = np.abs(rng.normal(1, 0.01, (n_units, 3)))  # every unit on one side
+        for seed in range(20):
+            _, p = sign_flip_max_t(differences, 2000, seed)
+            assert p.min() >= 2.0 ** (1 - n_units)

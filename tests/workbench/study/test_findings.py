@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from workbench.study.findings import _contrasts, _divergence, _few_groups, findings
+from workbench.study.findings import _contrasts, _divergence, _few_groups, _shared, findings
 from workbench.study.wording import counted
 
 
@@ -51,6 +51,21 @@ def test_few_groups_are_said_to_be_few() -> None:
     (line,) = _few_groups({"contrasts": contrasts(1, 1, n_groups=19)})
     assert "19 prompt groups: below 20" in line
     assert _few_groups({"contrasts": contrasts(1, 1, n_groups=20)}) == []
+    (alone,) = _few_groups({"balance": pl.DataFrame({"n_units": [3, 3]})})  # one language
+    assert alone.startswith("These are 3 prompt groups: below 20")
+
+
+def test_shared_words_in_few_groups_claim_nothing_that_these_cannot_show() -> None:
+    frames = {
+        "matching": pl.DataFrame({"share": [0.1, 0.2]}),
+        "calibrated": pl.DataFrame({"risk_floor": [0.0], "logit_floor": [0.8]}),
+    }
+    frame = contrasts(1, 1, n_groups=4).with_columns(flagged=pl.lit(False), low=pl.lit(-0.01), high=pl.lit(0.01))
+    few = _shared(frames | {"shared": frame})
+    assert few[1:] == ["With 4 groups that share words no expert could be told apart at p < 0.05."]
+    assert len(_shared(frames | {"shared": frame.with_columns(n_groups=8)})) == 1  # nor that any are used alike
+    never = frame.with_columns(n_groups=30, f_ja=pl.Series([0.0, 0.1]), f_en=pl.Series([0.0, 0.3]))
+    assert _shared(frames | {"shared": never})[1].startswith("1 of 2 experts are used alike")  # one is not used at all
 
 
 def test_only_a_layer_above_the_floor_is_named_the_largest() -> None:
