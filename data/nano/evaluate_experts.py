@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 from recipe import HERE
+from tables import write_findings
 
 from workbench.evals.ablate import ablate_by_scan
 from workbench.evals.adapter import WorkbenchLM
@@ -21,7 +20,6 @@ from workbench.evals.harness import evaluate
 from workbench.evals.report import findings, summary, write_report
 
 GUIDE = HERE.parents[1] / "docs" / "evaluation.md"
-BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
 TASKS = {"nano-moe-base": "workbench_choices", "nano-moe-thinking": "workbench_reference_low"}
 
 
@@ -54,11 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     names = args.only or list(TASKS)
     made = [measure(name, args) for name in names]
-    software = ", ".join(f"{name} {version(name)}" for name in ("torch", "lm_eval"))
-    text = "\n".join([f"Measured in float32 on a CPU ({platform.machine()}) with {software}.", "", *made])
-    page = args.guide.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN, 1)
-    args.guide.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    write_findings(args.guide, made, " in float32", ("torch", "lm_eval"))
 
 
 if __name__ == "__main__":

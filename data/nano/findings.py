@@ -7,16 +7,14 @@ written between the markers of docs/findings.md; README.md takes its numbers fro
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from measure_neurons import measure
 from recipe import HERE
-from tables import table
+from tables import table, write_findings
 
 from workbench import load_model
 from workbench.axes import EFFORTS, LANGUAGES
@@ -28,7 +26,6 @@ from workbench.study.remarks import remarks
 from workbench.study.report import summarise
 
 PAGE = HERE.parents[1] / "docs" / "findings.md"
-BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
 Row = tuple[str, str, str]
 Frames = dict[str, pl.DataFrame]
 
@@ -166,11 +163,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
     made = [*(of_run(Run.open(run)) for run in args.runs), *map(of_neurons, args.dense)]
-    software = ", ".join(f"{name} {version(name)}" for name in ("torch", "polars"))
-    text = "\n".join([f"Measured on a CPU ({platform.machine()}) with {software}.", "", *made])
-    page = args.page.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN, 1)
-    args.page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    write_findings(args.page, made, "", ("torch", "polars"))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 Figures = dict[str, Any]
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+FINDINGS = ("<!-- findings: begin -->", "<!-- findings: end -->")
 LANGUAGE_NAMES = {"ja": "Japanese", "en": "English"}
 
 
@@ -115,7 +119,19 @@ def insert(readme: str, figures: Figures) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README: expected the markers {BEGIN} and {END}, got a text without them. Put them back.")
-    before, rest = readme.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n\n{sections(figures)}\n\n{END}{rest.split(END, 1)[1]}"
+    return between(readme, f"\n{sections(figures)}\n", BEGIN, END)
+
+
+def between(page: str, text: str, begin: str, end: str) -> str:
+    """The page with what stands between two markers replaced. Raises ValueError when a marker is missing."""
+    if begin not in page or end not in page:
+        raise ValueError(f"page: expected the markers {begin} and {end}, got a text without them. Put them back.")
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
+
+
+def write_findings(page: Path, made: Sequence[str], in_what: str, software: Sequence[str]) -> None:
+    """Replace what a page tells between its markers of findings, with the machine and the versions it was made with."""
+    versions = ", ".join(f"{name} {version(name)}" for name in software)
+    lines = [f"Measured{in_what} on a CPU ({platform.machine()}) with {versions}.", "", *made]
+    page.write_text(between(page.read_text(encoding="utf-8"), "\n".join(lines), *FINDINGS), encoding="utf-8")

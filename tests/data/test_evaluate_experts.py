@@ -8,7 +8,10 @@ from pathlib import Path
 
 import evaluate_experts
 import pytest
-from evaluate_experts import BEGIN, END, GUIDE
+from evaluate_experts import GUIDE
+from tables import FINDINGS
+
+BEGIN, END = FINDINGS
 
 
 def test_the_findings_go_between_the_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
