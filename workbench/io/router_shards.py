@@ -25,17 +25,26 @@ LARGEST = float(np.finfo(np.float16).max)
 class RouterShards:
     """Iterating gives (tokens frame, layers, float32 logits [token layer expert]) for each shard, in order.
 
-    `hashes`: those of the run's manifest; every shard is checked against them when it is read, which raises RunError.
+    `hashes`: those of the run's manifest; a shard is checked against them when it is first read, which raises RunError.
+    `checked`: names of shards that were, shared by all readers of a run.
     """
 
-    def __init__(self, folder: Path, tokens: pl.LazyFrame, hashes: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tokens: pl.LazyFrame,
+        hashes: Mapping[str, str] | None = None,
+        checked: set[str] | None = None,
+    ) -> None:
         self.folder, self.tokens, self.hashes = folder, tokens, hashes
+        self.checked = set() if checked is None else checked
 
     def __iter__(self) -> Iterator[tuple[pl.DataFrame, list[int], np.ndarray]]:
         start = 0
         for file in self._files():
-            if self.hashes is not None:
+            if self.hashes is not None and file.name not in self.checked:
                 check_hash(self.folder.parent, f"{self.folder.name}/{file.name}", self.hashes)
+                self.checked.add(file.name)
             with safe_open(file, "numpy") as stored:
                 logits = stored.get_tensor("router_logits").astype(np.float32)
                 layers = json.loads(stored.metadata()["layers"])

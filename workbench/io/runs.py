@@ -59,6 +59,7 @@ class Run:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
+        self._checked_shards: set[str] = set()
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -91,7 +92,8 @@ class Run:
             raise RunError(
                 f"{self.path}: expected a run with router logits, got one without. Run the study with --router-logits."
             )
-        return RouterShards(self.path / "router_logits", self.tokens, self.manifest.get("files"))
+        files = self.manifest.get("files")
+        return RouterShards(self.path / "router_logits", self.tokens, files, self._checked_shards)
 
     @property
     def n_experts(self) -> int:

@@ -410,6 +410,8 @@ def test_a_run_continued_under_other_software_warns(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         begin("2.14", 0)  # complete: nothing is joined to it
+    torches = [sitting["versions"]["torch"] for sitting in Run.open(tmp_path).manifest["sittings"]]
+    assert torches == ["2.11", "2.11", "2.13"]
 
 
 def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,3 +470,11 @@ def test_router_logits_that_vanished_before_the_end_are_named(tmp_path: Path) ->
         (tmp_path / "parts" / "000000.router_logits.safetensors").unlink()
     with pytest.raises(RunError, match=r"000000\.router_logits\.safetensors: expected router logits, got none. Delete"):
         finished(tmp_path, logits=True)
+
+
+def test_a_shard_is_hashed_once_however_often_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, hashed = finished(tmp_path, logits=True), []
+    monkeypatch.setattr("workbench.io.router_shards.check_hash", lambda path, name, hashes: hashed.append(name))
+    for _ in range(3):
+        assert len(list(run.router_logits())) == 3
+    assert hashed == [f"router_logits/{part:06}.safetensors" for part in range(3)]
