@@ -231,32 +231,39 @@ def _correlation(values: Floats) -> Floats:  # [pair layer] -> [layer layer]
     return np.divide(centred.T @ centred, np.outer(scale, scale), out=np.full(varies.shape, np.nan), where=varies)
 
 
-def token_motion(tokens: Frame, routing: Frame, n_experts: int, window: int = 16) -> pl.DataFrame:
+def token_motion(tokens: Frame, routing: Frame, n_experts: int, window: int | None = 16) -> pl.DataFrame:
     """How fast routing moves at every token: columns doc_id, pos, layer, turnover, velocity.
 
     turnover = 1 - |T_t & T_t+1| / k between this token and the next. velocity = total variation between the expert use
     of the `window` tokens before this one and of the `window` tokens from it on, in [0, 1], of which sampling alone
     makes a good part: compare places, not sizes. A series for `events`, whose averages have intervals and nulls, after
-    arXiv 2505.16056. Both null where the document has no such tokens. All segments count.
+    arXiv 2505.16056. Both null where the document has no such tokens. All segments count. Without a window there is
+    no column velocity, which takes most of the time.
     """
     kept = tokens.lazy().sort("doc_id", "pos").collect()
     layers, ids = token_array(kept, routing)
     if ids.size:
         check_choices(ids, n_experts)
     n, n_layers, k = ids.shape
-    turnover, velocity = np.full((n, n_layers), np.nan), np.full((n, n_layers), np.nan)
-    left = _neighbours(kept)
+    turnover, left = np.full((n, n_layers), np.nan), _neighbours(kept)
     turnover[left] = 1 - shared_experts(ids[left], ids[left + 1]) / k
-    doc = codes(kept["doc_id"])
+    numbers = {"turnover": turnover}
+    if window is not None:
+        numbers["velocity"] = _velocity(ids, codes(kept["doc_id"]), n_experts, window)
+    rows = kept.select("doc_id", "pos")[np.repeat(np.arange(n), n_layers)]
+    return rows.with_columns(
+        layer=pl.Series(np.tile(np.array(layers, dtype=np.int64), n)),
+        **{name: pl.Series(values.ravel(), nan_to_null=True) for name, values in numbers.items()},
+    )
+
+
+def _velocity(ids: np.ndarray, doc: Ints, n_experts: int, window: int) -> Floats:  # [token layer k] -> [token layer]
+    n, n_layers, k = ids.shape
+    velocity = np.full((n, n_layers), np.nan)
     inside = np.arange(window, n - window + 1)
     inside = inside[doc[inside - window] == doc[np.minimum(inside + window - 1, n - 1)]]
     for place in range(n_layers):
         total = np.cumsum(np.pad(membership(ids[:, place], n_experts).astype(np.int32), ((1, 0), (0, 0))), axis=0)
         before, after = total[inside] - total[inside - window], total[inside + window] - total[inside]
         velocity[inside, place] = np.abs(after - before).sum(1) / (2 * window * k)
-    rows = kept.select("doc_id", "pos")[np.repeat(np.arange(n), n_layers)]
-    numbers = {"layer": np.tile(np.array(layers, dtype=np.int64), n), "turnover": turnover.ravel()}
-    frame = rows.with_columns(**{name: pl.Series(values) for name, values in numbers.items()})
-    return frame.with_columns(velocity=pl.Series(velocity.ravel())).with_columns(
-        pl.col("turnover", "velocity").fill_nan(None)
-    )
+    return velocity

@@ -64,7 +64,7 @@ def turns_of(tokens: pl.DataFrame) -> dict[str, tuple[pl.DataFrame, pl.DataFrame
 def routing_values(run: Run, tokens: pl.DataFrame) -> pl.DataFrame:
     """doc_id, pos, layer and VALUES of every token."""
     entropy = run.routing.select("doc_id", "pos", "layer", "router_entropy").collect()
-    motion = token_motion(tokens, run.routing, run.n_experts).select("doc_id", "pos", "layer", "turnover")
+    motion = token_motion(tokens, run.routing, run.n_experts, window=None)
     same = entropy.with_columns(pl.col("layer").cast(pl.Int64), pl.col("router_entropy").cast(pl.Float64))
     return motion.join(same, on=["doc_id", "pos", "layer"])
 

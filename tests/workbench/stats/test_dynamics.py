@@ -143,6 +143,8 @@ def test_motion_peaks_where_routing_changes(routed) -> None:
         return push
 
     motion = token_motion(*text(routed, switch, n_docs=3), n_experts=16, window=8)
+    alone = token_motion(*text(routed, switch, n_docs=3), n_experts=16, window=None)
+    assert alone.equals(motion.drop("velocity"), null_equal=True)
     mean = motion.group_by("pos").agg(pl.col("turnover", "velocity").mean()).sort("pos")
     assert mean["velocity"].arg_max() == 32
     assert mean["velocity"][32] > 0.95
