@@ -433,8 +433,11 @@ def test_what_the_dtype_of_the_embedding_rounds_is_named(moe: Llama, tmp_path: P
         load_model(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_model(path, dtype="float32")
-        load_model(path, dtype="bfloat16")  # asked for
+        exact = load_model(path, dtype="float32")
+        asked = load_model(path, dtype="bfloat16")
+    kept, rounded = (dict(model.named_parameters())["blocks.0.mlp.router.weight"] for model in (exact, asked))
+    assert not torch.equal(kept, kept.bfloat16().float())
+    assert torch.equal(kept.bfloat16(), rounded)
 
 
 @pytest.mark.slow

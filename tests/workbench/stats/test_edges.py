@@ -205,8 +205,10 @@ def _examine_frame(name: str, found: pl.DataFrame) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_what_there_is_next_to_nothing_of(case: str, routed) -> None:
     run = Case(routed, **CASES[case])
-    for name, measure in run.measures():
+    measures = dict(run.measures())
+    for name, measure in measures.items():
         examine(f"{case}: {name}", measure)
+    assert len(measures) >= 40
 
 
 def test_columns_that_were_not_recorded(routed) -> None:
