@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from workbench.config import ModelConfig
-from workbench.memory import CHUNK, GIB, Memory, config_of, predict, record_bytes
+from workbench.memory import CHUNK, config_of, predict, record_bytes
+from workbench.models.room import GIB, Memory
 
 PAGE = Path(__file__).parent / "hardware.md"
 # One name per size; the others of the family (base, instruct, thinking, 4 and 4.1) have the same sizes.

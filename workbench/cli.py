@@ -110,7 +110,8 @@ def params(arguments: argparse.Namespace) -> None:
 
 def memory(arguments: argparse.Namespace) -> None:
     """Print what a generation needs; refuse what does not fit."""
-    from workbench.memory import DTYPES, GIB, available_memory, config_of, predict
+    from workbench.memory import DTYPES, config_of, predict
+    from workbench.models.room import GIB, available_memory
 
     needed = predict(
         config_of(arguments.model),
@@ -130,7 +131,7 @@ def memory(arguments: argparse.Namespace) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Serve a model over HTTP until told to stop."""
     from workbench.io.hub import model_name
-    from workbench.memory import available_memory
+    from workbench.models.room import available_memory
     from workbench.serve.command import api_key, limits_of, need_server
     from workbench.serve.run import check_address
     from workbench.serve.run import serve as run

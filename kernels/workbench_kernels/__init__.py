@@ -1,6 +1,6 @@
 """Routed experts of a mixture-of-experts layer, usable without the workbench."""
 
-from workbench_kernels.experts import routed_experts
+from workbench_kernels.experts import matrices_kept, routed_experts
 from workbench_kernels.moe.api import fused_moe
 from workbench_kernels.moe.choice import FALLBACKS as IMPLEMENTATIONS
 from workbench_kernels.moe.choice import choose_implementation
@@ -15,6 +15,7 @@ __all__ = [
     "Routing",
     "choose_implementation",
     "fused_moe",
+    "matrices_kept",
     "quantize",
     "routed_experts",
 ]

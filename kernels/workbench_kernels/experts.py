@@ -11,7 +11,8 @@ Three implementations of one grouped linear map, chosen by name and never swappe
 On a CPU without bfloat16 arithmetic, `sorted` widens an expert's matrix to float32 where it has four rows or more: the
 product is rounded to the model's dtype all the same, and is several times faster. Where torch has that loop over
 experts in C++ (its grouped_mm, float32 on CPU), `sorted` leaves the looping to it: the same products in the same order.
-But not while decoding: that loop visits every expert, and for a few rows most of them have none.
+But not while decoding: that loop visits every expert, and for a few rows most of them have none. Of up to four tokens
+few share an expert, and putting slots in order would cost more than it saves: each slot has a product of its own.
 int8 and int4 experts are dequantised one at a time as they are hit (by `sorted`) or all at once (by `reference`);
 `grouped_mm` cannot run them.
 """
@@ -19,7 +20,8 @@ int8 and int4 experts are dequantised one at a time as they are hit (by `sorted`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +35,17 @@ Weight = Tensor | QuantizedExperts
 TAPS = ("expert_pre", "expert_pre_linear", "expert_post", "expert_out")
 _WIDENED_ROWS = 4  # from here on widening the matrix once costs less than multiplying in bfloat16
 _FEW_ROWS = 64  # up to here looping over the experts that were hit costs less than visiting all of them
+_FEW_TOKENS = 4  # up to here a product for each slot costs less than sorting slots by expert
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The slots sorted by expert; ties keep slot order, so bits repeat. A lone token's slots stay as they are."""
+    """The slots sorted by expert; ties keep slot order, so bits repeat. Or as they are, each a group `apart`."""
 
     sorted_ids: Tensor  # int64 [N]; more than there are slots once experts were filled up
     order: Tensor  # int64 [N], sorted row -> slot
     n_experts: int
-    lone: bool = False
+    apart: bool = False
     as_transformers: bool = False  # no widening
     places: Tensor | None = None  # int64 [slot]: where its row went, once experts were filled up to equal numbers
 
@@ -51,7 +54,8 @@ class Groups:
         cls, ids: Tensor, n_experts: int, impl: str, as_transformers: bool, rows_per_expert: int | None = None
     ) -> Groups:
         flat = ids.reshape(-1)
-        if impl == "sorted" and ids.shape[0] == 1:
+        few = 1 if rows_per_expert is not None else _FEW_TOKENS
+        if impl == "sorted" and 0 < ids.shape[0] <= few:
             return cls(flat, torch.arange(flat.numel(), device=ids.device), n_experts, True, as_transformers)
         sorted_ids, order = flat.sort(stable=True)
         if rows_per_expert is None:
@@ -72,7 +76,7 @@ class Groups:
 
     @functools.cached_property
     def back(self) -> Tensor:  # int64 [slot], slot -> sorted row
-        if self.lone:
+        if self.apart:
             return self.order
         if self.places is not None:
             return self.places
@@ -82,7 +86,7 @@ class Groups:
     @functools.cached_property
     def hit(self) -> tuple[list[int], list[int]]:
         """Experts with rows, and how many; waits for the device."""
-        if self.lone:
+        if self.apart:
             return self.sorted_ids.tolist(), [1] * self.sorted_ids.numel()
         counts = torch.bincount(self.sorted_ids, minlength=self.n_experts).tolist()
         experts = [expert for expert, count in enumerate(counts) if count]
@@ -129,7 +133,7 @@ def routed_experts(
 
     linear = _LINEARS[impl]
     k = expert_ids.shape[1]
-    rows = x.expand(k, -1) if groups.lone else x.index_select(0, groups.order // k)  # [N, D]
+    rows = x.repeat_interleave(k, 0) if groups.apart else x.index_select(0, groups.order // k)  # [N, D]
     gate_up_rows = linear(rows, gate_up, groups)  # [N, 2F]
     if "expert_pre" in taps or "expert_pre_linear" in taps:
         # back into one tensor: silu rounds its last bit by memory layout, and a tap must not change a bit
@@ -139,21 +143,21 @@ def routed_experts(
     hidden = F.silu(gate) * up
     out = linear(tap("expert_post", hidden), down, groups)  # [N, D]
     if "expert_out" not in taps:
-        return _mix(out, groups.back.view_as(expert_ids), routing_weights, as_transformers, groups.lone).to(x.dtype)
+        return _mix(out, groups.back.view_as(expert_ids), routing_weights, as_transformers, groups.apart).to(x.dtype)
     slots = taps["expert_out"](out[groups.back].unflatten(0, expert_ids.shape))  # [T, K, D]
     in_place = torch.arange(expert_ids.numel(), device=x.device).view_as(expert_ids)
-    return _mix(slots.flatten(0, 1), in_place, routing_weights, as_transformers, groups.lone).to(x.dtype)
+    return _mix(slots.flatten(0, 1), in_place, routing_weights, as_transformers, groups.apart).to(x.dtype)
 
 
 def _mix(
-    rows: Tensor, places: Tensor, weights: Tensor, as_transformers: bool, lone: bool
+    rows: Tensor, places: Tensor, weights: Tensor, as_transformers: bool, in_order: bool
 ) -> Tensor:  # [N, D], [T, K], [T, K]
     """[T, D]: the weighted sum of each token's rows, which lie at `places`, in the wider of the two precisions."""
     wide = torch.promote_types(rows.dtype, weights.dtype)
     if as_transformers or weights.device.type != "cpu" or wide not in (torch.float32, torch.float64):
         return (rows[places] * weights.unsqueeze(-1)).sum(dim=1)
-    if lone:
-        return weights.to(wide) @ rows.to(wide)
+    if in_order:  # a token's rows lie together
+        return torch.bmm(weights.to(wide).unsqueeze(1), rows.to(wide).unflatten(0, weights.shape)).squeeze(1)
     # one pass over the rows, without [T, K, D] in between
     bags = torch.arange(0, places.numel(), places.shape[1])  # where a token's slots begin
     summed = torch.embedding_bag(
@@ -168,13 +172,11 @@ def _linear_sorted(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
     widened = [may_widen and count >= _WIDENED_ROWS for count in counts]
     learns = isinstance(weight, Tensor) and weight.requires_grad
     with_graph = torch.is_grad_enabled() and (rows.requires_grad or learns)
-    by_torch = not (with_graph or groups.lone or any(widened))
-    if by_torch and isinstance(weight, Tensor) and 0 < rows.shape[0] <= _FEW_ROWS:
-        return _linear_few(rows, weight, experts, counts)
-    if by_torch and isinstance(weight, Tensor) and _loops_in_torch(rows, weight):
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
-    if groups.lone and not with_graph and isinstance(weight, Tensor):
-        return _linear_lone(rows, weight, experts)
+    if isinstance(weight, Tensor) and not (with_graph or any(widened)):
+        if 0 < rows.shape[0] <= _FEW_ROWS:
+            return _linear_few(rows, weight, experts, counts)
+        if not groups.apart and _loops_in_torch(rows, weight):
+            return F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
     matrices = _matrices(weight, experts, widened, with_graph, rows.dtype)
     products = zip(rows.split(counts), matrices, widened, strict=True)
     if with_graph:
@@ -192,18 +194,39 @@ def _linear_sorted(rows: Tensor, weight: Weight, groups: Groups) -> Tensor:
 def _linear_few(rows: Tensor, weight: Tensor, experts: list[int], counts: list[int]) -> Tensor:
     """One product per expert that was hit, in the cheapest call: for so few rows calls are much of the time."""
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    matrices = weight.transpose(1, 2)  # [E, in, out]
+    matrices = _kept(weight) or weight.transpose(1, 2)  # [E, in, out]
     for part, place, expert in zip(rows.split_with_sizes(counts), out.split_with_sizes(counts), experts, strict=True):
         torch.mm(part, matrices[expert], out=place)
     return out
 
 
-def _linear_lone(rows: Tensor, weight: Tensor, experts: list[int]) -> Tensor:
-    """One row per expert; for a single token the time is that of the calls themselves, so there are few."""
-    out = rows.new_empty(len(experts), weight.shape[1])
-    for row, expert in enumerate(experts):
-        torch.mv(weight[expert], rows[row], out=out[row])
-    return out
+_KEPT: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+
+
+@contextmanager
+def matrices_kept(weights: Iterable[Weight]) -> Iterator[None]:
+    """Inside the block, each expert's matrix in these weights lies ready, and is not looked up for every product.
+
+    Views, so that edits in place show. It changes what calls cost, and no bit.
+    """
+    views = {}
+    for weight in weights:
+        if isinstance(weight, Tensor):
+            whole = weight.detach()
+            views[id(weight)] = whole, whole.transpose(1, 2).unbind()
+    _KEPT.update(views)
+    try:
+        yield
+    finally:
+        for key, kept in views.items():
+            if _KEPT.get(key) is kept:
+                del _KEPT[key]
+
+
+def _kept(weight: Tensor) -> tuple[Tensor, ...] | None:  # [in, out] of each expert
+    whole, matrices = _KEPT.get(id(weight), (None, ()))
+    # not when other data was put behind the parameter
+    return matrices if whole is not None and whole.dtype == weight.dtype and whole.is_set_to(weight) else None
 
 
 def _matrices(

@@ -16,6 +16,7 @@ from workbench_kernels.moe.plan import ROUTED, Intervene, Need, Routing, hf_rout
 from workbench_kernels.quant import QuantizedExperts
 
 _LANES = 16  # float32 values in the widest vector register
+_FEW = 1024  # probabilities that are sorted sooner than selected from
 
 
 def fallback_moe(
@@ -81,10 +82,11 @@ def top_k(
 ) -> tuple[Tensor, Tensor | None]:
     """The K most probable experts [T, K], the lowest id among equals; and the margin [T] between ranks K and K+1.
 
-    On CPU the fast selection stands only where it is strictly ordered, since it promises no order among equals.
+    On CPU the fast selection stands only where it is strictly ordered, since it promises no order among equals; for a
+    few probabilities sorting all of them costs less than looking.
     """
     n_kept = min(k + 1, probs.shape[-1])
-    if probs.device.type == "cpu" and keep_mask is None:
+    if probs.device.type == "cpu" and keep_mask is None and probs.numel() > _FEW:
         values, order = probs.topk(n_kept, dim=-1)
         if not (values[..., :-1] > values[..., 1:]).all():  # ties, or NaN
             order = _stable_order(probs, None)
@@ -108,10 +110,9 @@ def count_slots(ids: Tensor, n_experts: int, counted: Tensor | None = None) -> T
 
 
 def _stable_order(probs: Tensor, keep_mask: Tensor | None) -> Tensor:
-    rank = probs.nan_to_num(nan=2.0)  # a row of NaN is one tie
     if keep_mask is not None:
-        rank = rank.masked_fill(~keep_mask, -1.0)  # behind experts whose probability underflows to 0
-    return rank.sort(dim=-1, descending=True, stable=True).indices
+        probs = probs.masked_fill(~keep_mask, -1.0)  # behind experts whose probability underflows to 0
+    return probs.sort(dim=-1, descending=True, stable=True).indices  # NaN comes first; a row of it is one tie
 
 
 def _margin(ranked: Tensor, order: Tensor, k: int) -> Tensor:

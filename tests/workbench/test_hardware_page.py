@@ -13,7 +13,8 @@ import torch
 from workbench.cli import main
 from workbench.errors import ConfigError
 from workbench.family import FAMILY
-from workbench.memory import GIB, predict
+from workbench.memory import predict
+from workbench.models.room import GIB
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = (DOCS / "hardware.md").read_text(encoding="utf-8")

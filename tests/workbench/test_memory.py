@@ -13,8 +13,9 @@ from checkpoints import run_python
 from workbench.cli import main
 from workbench.errors import ConfigError, ShapeError
 from workbench.family import FAMILY
-from workbench.memory import GIB, config_of, predict, record_bytes
+from workbench.memory import config_of, predict, record_bytes
 from workbench.models import Llama, Qwen3Moe
+from workbench.models.room import GIB
 
 KIB = 1024
 
@@ -72,6 +73,38 @@ def test_what_cannot_fit_is_refused_with_the_numbers(capsys: pytest.CaptureFixtu
     assert "expected at least" in refused
     assert "weights 59.864 GiB, cache 4.000 GiB" in refused
     assert "got 24.000 GiB" in refused
+
+
+def generate_with(free: int, model: Llama, monkeypatch: pytest.MonkeyPatch, **options: object) -> list[str]:
+    """Names of hook points that ran before `generate` ended, with so many bytes free."""
+    monkeypatch.setattr("workbench.models.room.available_memory", lambda device="cpu": free)
+    seen: list[str] = []
+    with model.hooks([("hook_embed", lambda x, hook: seen.append(hook.name))]):
+        try:
+            model.generate(torch.tensor([[5, 6, 7, 8]]), stop_ids=(), **options)
+        except ConfigError as error:
+            seen.append(str(error))
+    return seen
+
+
+def test_a_generation_that_cannot_fit_does_not_begin(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    per_position = 2 * llama.cfg.n_layers * llama.cfg.n_kv_heads * llama.cfg.d_head * 4
+    work = predict(llama.cfg, 4, dtype=torch.float32).work  # with the mask that an unpadded prompt in one pass lacks
+    enough = work + 40 * per_position
+    assert generate_with(enough, llama, monkeypatch, max_new_tokens=36, cache="static")[-1] == "hook_embed"
+    (refused,) = generate_with(work + 19 * per_position - 1, llama, monkeypatch, max_new_tokens=36, cache="static")
+    assert "memory for generate: expected at least 0.000 GiB (cache 0.000 GiB, work 0.000 GiB), got" in refused
+    # a cache that grows may never come to its end
+    assert "hook_embed" in generate_with(work + 19 * per_position - 1, llama, monkeypatch, max_new_tokens=36)
+
+
+def test_records_count_where_they_lie_in_memory(llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = predict(llama.cfg, 4, dtype=torch.float32).resident - predict(llama.cfg, 4, dtype=torch.float32).weights
+    points = {"record": ["resid_post", "resid_mid", "resid_pre", "attn_out", "mlp_out", "normalized", "hook_z"]}
+    assert record_bytes(llama.cfg, points["record"], torch.float32) * 4 > free, "the test would look away"
+    (refused,) = generate_with(free, llama, monkeypatch, max_new_tokens=2, **points)
+    assert ", records 0.000 GiB)" in refused
+    assert "hook_embed" in generate_with(free, llama, monkeypatch, max_new_tokens=2, record_to=tmp_path, **points)
 
 
 def test_requests_without_sense_are_named(llama: Llama) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 from workbench.errors import ShapeError
 from workbench.models.fixed import FixedPasses, check_decode
 from workbench.models.layers import check_mask, check_tokens
+from workbench.models.moe import experts_at_hand
 from workbench.models.passes import Passes
 from workbench.models.recording import Record, Recorder
+from workbench.models.room import check_room
 from workbench.models.rows import Rows
 from workbench.models.sampling import Sampler, Sampling
 from workbench.models.stopping import TextWatch, need_tokenizer
@@ -125,8 +127,9 @@ def generate(
         interventions: act on every pass, on the prompt and on what is written.
 
     Raises ShapeError for values out of range, when the prompt is padded on the right or leaves no room for a new
-    token; ConfigError when a text is asked for without a tokenizer or `decode` cannot go that way; HookError for names
-    that do not exist, and for hooks that a graph would not call.
+    token; ConfigError when a text is asked for without a tokenizer, when `decode` cannot go that way, and with the
+    numbers when cache, records and the prompt's passes do not fit into what is free now (see `models.room.check_room`);
+    HookError for names that do not exist, and for hooks that a graph would not call.
     """
     check_tokens(tokens, model.cfg)
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
@@ -134,6 +137,8 @@ def generate(
     sampler = Sampler(Sampling(temperature, top_p, top_k, repetition_penalty, seed), tokens.shape[0])
     rows = Rows(model, tokens, mask, stop_ids, stop_strings, max_thinking_tokens, pad_id, on_text)
     recorder = Recorder(model, record, record_to) if record else None
+    chunk, growing = prefill_chunk or tokens.shape[1], cache == "growing"
+    check_room(model, mask, max_new_tokens, chunk, growing, recorder)
     with ExitStack() as stack:
         stack.enter_context(model.intervene(interventions))
         check_decode(model, decode, cache)
@@ -141,13 +146,14 @@ def generate(
         # hooks of the caller may keep tensors and take gradients through them later; without any, nobody can
         listened = any(point.listened for point in model.hook_dict.values())
         stack.enter_context(torch.no_grad() if listened else torch.inference_mode())
+        stack.enter_context(experts_at_hand(model))
         if recorder is not None:
             stack.enter_context(recorder.listening())
-        room = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens, growing=cache == "growing")
+        room = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens, growing=growing)
         plain = decode == "plain"
         passes = Passes(model, room, recorder) if plain else FixedPasses(model, room, recorder, decode == "graph")
         sampler.see(tokens.cpu(), mask.bool().cpu(), model.cfg.d_vocab, written=False)
-        passes.prefill(tokens, attention_mask, prefill_chunk or tokens.shape[1])
+        passes.prefill(tokens, attention_mask, chunk)
         for step in range(max_new_tokens):
             chosen = rows.take(sampler.choose(passes.logits()))  # [batch]
             ended = not rows.running_any or step + 1 == max_new_tokens

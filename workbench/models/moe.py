@@ -10,6 +10,7 @@ experts and k=8), so that which expert runs may depend on the device; in float32
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from workbench.hooks import HookPoint
 from workbench.interventions.buffers import at_tokens
 from workbench.models.layers import wide
 from workbench.models.moe_weights import QuantizedWeight, expert_weight
-from workbench_kernels import Intervene, Need, routed_experts
+from workbench_kernels import Intervene, Need, matrices_kept, routed_experts
 from workbench_kernels.fallback import count_slots, output_tap, router_logits, top_k
 from workbench_kernels.moe.api import NO_GRADIENT, plan_layer, without_gradient
 
@@ -175,6 +176,12 @@ class Moe(nn.Module):
         names = ("expert_pre", "expert_pre_linear", "expert_post", "expert_out")
         shown = {name: Tap(point, batch_pos) for name, point in zip(names, points, strict=True) if point.listened}
         return shown if change is UNCHANGED else shown | output_tap(ids, change, shown.get("expert_out"))
+
+
+def experts_at_hand(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block, `sorted` finds the matrices of a decode step's experts without looking each one up."""
+    layers = [module for module in model.modules() if isinstance(module, Moe) and module.moe_impl == "sorted"]
+    return matrices_kept(expert_weight(weight) for layer in layers for weight in (layer.gate_up, layer.down))
 
 
 def _per_token(argument: Tensor, like: Tensor) -> Tensor:

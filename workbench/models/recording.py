@@ -58,6 +58,7 @@ class Recorder:
         self.layers = _need_routed_layers(model) if ROUTING in names else ()
         self.n_experts = model.cfg.n_experts if self.layers else 0  # type: ignore[union-attr]
         self.points = [point for name in names if name != ROUTING for point in _points(model, name)]
+        self.on_disk = folder is not None
         self._sink = _Files(Path(folder)) if folder is not None else _Memory()
         # one storage may pass several points: where others listen, what was seen here has to be copied
         self._copies = any(point.listened for point in model.hook_dict.values())
