@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from workbench.config import ModelConfig
 from workbench.hooks import HookPoint
 from workbench.models.cache import CacheRows, KVCache
-from workbench.models.layers import Frame, rms_norm, rotary, substitute, wide
+from workbench.models.layers import Frame, Linear, rms_norm, rotary, substitute, wide
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -20,10 +20,10 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int, qk_norm: bool, attn_impl: str) -> None:
         super().__init__()
         self.cfg, self.layer, self.attn_impl = cfg, layer, attn_impl
-        self.q_proj = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=False)
-        self.k_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
-        self.v_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
-        self.o_proj = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+        self.q_proj = Linear(cfg.d_model, cfg.n_heads * cfg.d_head)
+        self.k_proj = Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head)
+        self.v_proj = Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head)
+        self.o_proj = Linear(cfg.n_heads * cfg.d_head, cfg.d_model)
         self.qk_norm = qk_norm
         self.hook_q = HookPoint("batch pos head d_head")
         self.hook_k = HookPoint("batch pos kv_head d_head")

@@ -20,6 +20,7 @@ from workbench.models.attention import ATTENTION_IMPLEMENTATIONS, Attention
 from workbench.models.cache import CacheRows, FixedCache, KVCache, Prefix
 from workbench.models.layers import (
     Frame,
+    Linear,
     RMSNorm,
     SwiGLU,
     attend_mask,
@@ -50,7 +51,7 @@ class Llama(HookedModel):
         self.hook_embed = HookPoint("batch pos d_model")
         self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(cfg.n_layers))
         self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.unembed = Linear(cfg.d_model, cfg.d_vocab)
         if cfg.tie_embeddings:
             self.unembed.weight = self.embed.weight
         self.batches: list[Batch] = []  # of the interventions that are attached
