@@ -58,9 +58,9 @@ class Linear(nn.Linear):
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__(d_in, d_out, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # [batch pos d_in] -> [batch pos d_out]
-        few = x.shape[1] == 1 and 1 < x.shape[0] <= 4 and self.weight.numel() >= _LARGE
-        if few and x.dtype == torch.float32 and x.device.type == "cpu":
+    def forward(self, x: Tensor) -> Tensor:  # [... d_in] -> [... d_out]
+        step = x.ndim == 3 and x.shape[1] == 1 and 1 < x.shape[0] <= 4
+        if step and self.weight.numel() >= _LARGE and x.dtype == torch.float32 and x.device.type == "cpu":
             return torch.mm(self.weight, x[:, 0].t()).t().contiguous().unsqueeze(1)
         return F.linear(x, self.weight)
 

@@ -32,9 +32,16 @@ def test_a_step_of_a_small_batch_is_the_same_map(batch: int) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "d_out", "dtype"),
-    [((3, 2, 128), 512, torch.float32), ((3, 1, 128), 64, torch.float32), ((3, 1, 128), 512, torch.bfloat16)],
+    [
+        ((3, 2, 128), 512, torch.float32),
+        ((3, 1, 128), 64, torch.float32),
+        ((3, 1, 128), 512, torch.bfloat16),
+        ((128,), 512, torch.float32),
+        ((3, 128), 512, torch.float32),
+        ((3, 1, 2, 128), 512, torch.float32),
+    ],
 )
-def test_anything_else_is_torchs_own(shape: tuple[int, int, int], d_out: int, dtype: torch.dtype) -> None:
+def test_anything_else_is_torchs_own(shape: tuple[int, ...], d_out: int, dtype: torch.dtype) -> None:
     made, x = linear(shape[-1], d_out, dtype), drawn(*shape).to(dtype)
     assert torch.equal(made(x), F.linear(x, made.weight))
 
