@@ -49,9 +49,9 @@ class HookPoint(nn.Module):
     @property
     def may_change(self) -> bool:
         """Whether a listener could replace or edit the tensor; functions marked by `only_looks` never do."""
-        others = self.bwd_hooks or self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
-        looking = self.fwd_hooks and all(getattr(fn, "only_looks", False) for fn in self.fwd_hooks)
-        return self.listened and not (looking and not others and not self._backward_pre_hooks and not self.watchers)
+        if not any(self._foreign) and not self.bwd_hooks:
+            return not all(getattr(fn, "only_looks", False) for fn in self.fwd_hooks)
+        return self.listened
 
     @property
     def listened(self) -> bool:
