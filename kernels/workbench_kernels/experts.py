@@ -11,8 +11,8 @@ Three implementations of one grouped linear map, chosen by name and never swappe
 On a CPU without bfloat16 arithmetic, `sorted` widens an expert's matrix to float32 where it has four rows or more: the
 product is rounded to the model's dtype all the same, and is several times faster. Where torch has that loop over
 experts in C++ (its grouped_mm, float32 on CPU), `sorted` leaves the looping to it: the same products in the same order.
-But not while decoding: that loop visits every expert, and for a few rows most of them have none. Of up to four tokens
-few share an expert, and putting slots in order would cost more than it saves: each slot has a product of its own.
+But not while decoding: that loop visits every expert, and for a few rows most of them have none. Where matrices are
+small and tokens four at most, putting slots in order costs more than it saves: each slot has a product of its own.
 int8 and int4 experts are dequantised one at a time as they are hit (by `sorted`) or all at once (by `reference`);
 `grouped_mm` cannot run them.
 """
@@ -35,7 +35,8 @@ Weight = Tensor | QuantizedExperts
 TAPS = ("expert_pre", "expert_pre_linear", "expert_post", "expert_out")
 _WIDENED_ROWS = 4  # from here on widening the matrix once costs less than multiplying in bfloat16
 _FEW_ROWS = 64  # up to here looping over the experts that were hit costs less than visiting all of them
-_FEW_TOKENS = 4  # up to here a product for each slot costs less than sorting slots by expert
+_FEW_TOKENS = 4  # up to here a product for each slot costs less than sorting slots by expert,
+_SMALL = 1 << 17  # bytes of an expert's matrix up to which reading it again for a slot that shares it costs little
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,10 @@ class Groups:
 
     @classmethod
     def of(
-        cls, ids: Tensor, n_experts: int, impl: str, as_transformers: bool, rows_per_expert: int | None = None
+        cls, ids: Tensor, weight: Weight, impl: str, as_transformers: bool, rows_per_expert: int | None = None
     ) -> Groups:
-        flat = ids.reshape(-1)
-        few = 1 if rows_per_expert is not None else _FEW_TOKENS
-        if impl == "sorted" and 0 < ids.shape[0] <= few:
+        n_experts, flat = weight.shape[0], ids.reshape(-1)
+        if impl == "sorted" and rows_per_expert is None and 0 < ids.shape[0] <= (_FEW_TOKENS if _small(weight) else 1):
             return cls(flat, torch.arange(flat.numel(), device=ids.device), n_experts, True, as_transformers)
         sorted_ids, order = flat.sort(stable=True)
         if rows_per_expert is None:
@@ -123,7 +123,7 @@ def routed_experts(
     multiple of 16 bytes, with grouped_mm.
     """
     taps, as_transformers = taps or {}, numerics == "hf"
-    groups = Groups.of(expert_ids, gate_up.shape[0], impl, as_transformers, rows_per_expert)
+    groups = Groups.of(expert_ids, gate_up, impl, as_transformers, rows_per_expert)
 
     def tap(name: str, rows: Tensor) -> Tensor:
         if name not in taps:
@@ -249,6 +249,10 @@ def _product(rows: Tensor, matrix: Tensor, wide: bool) -> Tensor:
 def _may_widen(rows: Tensor) -> bool:
     half = rows.dtype in (torch.bfloat16, torch.float16)
     return half and rows.device.type == "cpu" and not _multiplies_halves()
+
+
+def _small(weight: Weight) -> bool:
+    return isinstance(weight, Tensor) and weight.shape[1] * weight.shape[2] * weight.element_size() <= _SMALL
 
 
 def _loops_in_torch(rows: Tensor, weight: Tensor) -> bool:

@@ -141,6 +141,15 @@ def test_a_few_tokens_have_the_same_bits_in_any_company() -> None:
             assert torch.equal(mixed[0], together[token]), (token, others)
 
 
+def test_large_matrices_are_read_once_for_all_that_share_them() -> None:
+    ids = torch.zeros(4, 2, dtype=torch.int64)
+    small, large = torch.empty(8, 64, 128), torch.empty(8, 512, 512)
+    assert experts.Groups.of(ids, small, "sorted", False).apart
+    assert not experts.Groups.of(ids, large, "sorted", False).apart
+    assert experts.Groups.of(ids, large, "sorted", False).hit == ([0], [8])
+    assert experts.Groups.of(ids[:1], large, "sorted", False).apart  # a lone token shares with nobody
+
+
 def test_matrices_kept_change_no_bit_and_follow_the_weights() -> None:
     x, ids, weights, gate_up, down = problem(3, 16, 8, 6, 2)
     gate_up, down = torch.nn.Parameter(gate_up, False), torch.nn.Parameter(down, False)

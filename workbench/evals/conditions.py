@@ -6,6 +6,7 @@ A condition's file is named by what was changed, so that a run that was stopped 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import platform
 from collections.abc import Sequence
@@ -32,10 +33,7 @@ from workbench.io.run_files import atomic, check_same, write_text
 
 LOAD_BATCH = 32
 SOFTWARE = ("lm_eval", "torch", "polars")
-_ASKED = (
-    "output_type", "description", "doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter",
-    "fewshot_delimiter", "generation_kwargs", "process_results",
-)  # fmt: skip
+_ELSEWHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")  # where items lie; they count themselves
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,8 @@ class Ablator:
             "settings": {
                 "limit": plan.limit, "num_fewshot": plan.num_fewshot, "chat": plan.chat, "effort": lm.effort,
                 "date": lm.date, "add_bos": lm.add_bos, "answers": lm.answers, "max_length": lm.max_length,
-                "batch_size": lm.batch_size, "seed": lm.seed,
+                "batch_size": lm.batch_size, "seed": lm.seed, "score_in_final": lm.score_in_final,
+                "max_gen_toks": lm.max_gen_toks,
             },
         }  # fmt: skip
         file = self.out / "manifest.json"
@@ -159,12 +158,16 @@ def _right_text(task: Any, doc: dict[str, Any]) -> str:
 
 
 def _task_hash(task: Any, limit: int | None) -> str:
-    """Over the items and how they are asked; functions count by name, since their text says where they lie."""
-    asked = {name: task.get_config(name) for name in _ASKED}
+    """Over the items, how they are asked and how answers are judged; functions count by their source."""
+    asked = {name: value for name, value in task.config.to_dict().items() if name not in _ELSEWHERE}
     parts = [asked, *list(task.eval_docs)[:limit]]
     text = "\n".join(json.dumps(part, sort_keys=True, ensure_ascii=False, default=_plainly) for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plainly(value: Any) -> str:
-    return str(getattr(value, "__name__", type(value).__name__))
+    """What a function does, without where it lies."""
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return str(getattr(value, "__name__", type(value).__name__))

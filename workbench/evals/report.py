@@ -159,12 +159,13 @@ def methods(found: Ablation) -> list[str]:
     """How the numbers were made, for a reader who wants to repeat or doubt them."""
     lines = [
         "Loss is how much worse an item's metric is than that of the same item without a change. Items that share a "
-        "fact, or a family of numbers, are drawn together in the bootstrap (2.5% and 97.5% of the draws). Kinds of "
-        "task weigh the same in both languages.",
+        "fact, or a family of numbers, are one group; 95% intervals are Student's t over groups left out in turn "
+        "(jackknife). Kinds of task weigh the same in both languages.",
         "Controls replace every expert by a random one of the same layer with about its load, measured on the items' "
         f"own texts. {_load_sentence(found)}",
         "A target carries a language when, at 0.05, its selectivity lies outside that of its controls (corrected by "
-        "Holm's method), the languages differ over items (labels exchanged, max-T), and that language loses something.",
+        "Holm's method), the languages differ over groups (signs of their jackknife pseudo-values flipped, max-T over "
+        "targets), and that language loses something (interval above 0).",
     ]
     if found.scan is not None:
         lines.append(

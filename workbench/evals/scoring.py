@@ -17,6 +17,7 @@ from workbench.capture import check_room, pad, suitable_threads
 from workbench.chat import label_tokens
 from workbench.interventions import Intervention, Interventions
 from workbench.models import Generation, Llama
+from workbench.models.sampling import check_finite
 
 MAX_LOGITS = 1 << 26  # values at once: 256 MB
 Done = Callable[[int], object]  # told how many sequences were finished
@@ -58,7 +59,8 @@ def score(
     model: Llama, pairs: Sequence[Pair], changes: Changes | None = None, batch_size: int = 32, done: Done | None = None
 ) -> list[tuple[float, bool]]:
     """For each pair the log-probability of the continuation, in nats, and whether each of its tokens is the most
-    probable one after those before it. Pairs that differ in their last token alone share a pass.
+    probable one after those before it. Pairs that differ in their last token alone share a pass. Raises
+    InterventionError when a change leaves logits that are not finite.
     """
     changes = changes or Changes()
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -88,7 +90,13 @@ def _predict(model: Llama, firsts: Sequence[Pair], changes: Changes) -> Iterator
     for row, pair in enumerate(firsts):
         scored = normalized[row, len(pair.context) - 1 : len(pair.read)]  # [token d_model]
         parts = scored.split(max(1, MAX_LOGITS // model.cfg.d_vocab))
-        yield torch.cat([model.unembed(part).float().log_softmax(-1).cpu() for part in parts])
+        yield torch.cat([_log_probs(model, part) for part in parts])
+
+
+def _log_probs(model: Llama, normalized: Tensor) -> Tensor:  # [token d_model] -> float32 [token d_vocab] on the CPU
+    logits = model.unembed(normalized).float()
+    check_finite(logits)
+    return logits.log_softmax(-1).cpu()
 
 
 def _read(log_probs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:

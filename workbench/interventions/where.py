@@ -15,6 +15,7 @@ from workbench.axes import LANGUAGES, SEGMENTS
 from workbench.errors import InterventionError
 
 PHASES = ("prefill", "decode")
+FARTHEST = 1 << 31  # beyond any context
 Label = Callable[[list[int]], list[str]]  # token ids of one sequence so far -> their segments
 
 
@@ -41,6 +42,8 @@ class Where:
             unknown = [value for value in getattr(self, name) or () if value not in known]
             if unknown:
                 raise InterventionError(f"{name}: expected some of {', '.join(known)}, got {', '.join(unknown)}.")
+        if far := [place for place in self.positions or () if not -FARTHEST <= place < FARTHEST]:
+            raise InterventionError(f"positions: expected numbers from -{FARTHEST} to {FARTHEST - 1}, got {far[0]}.")
         if self.phase not in (None, *PHASES):
             raise InterventionError(f"phase: expected prefill, decode or none, got {self.phase!r}.")
 

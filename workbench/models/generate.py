@@ -19,7 +19,7 @@ from workbench.models.passes import Passes
 from workbench.models.recording import Record, Recorder
 from workbench.models.room import check_room
 from workbench.models.rows import Rows
-from workbench.models.sampling import Sampler, Sampling
+from workbench.models.sampling import Sampler, Sampling, check_finite
 from workbench.models.stopping import TextWatch, need_tokenizer
 
 if TYPE_CHECKING:
@@ -129,7 +129,8 @@ def generate(
     Raises ShapeError for values out of range, when the prompt is padded on the right or leaves no room for a new
     token; ConfigError when a text is asked for without a tokenizer, when `decode` cannot go that way, and with the
     numbers when cache, records and the prompt's passes do not fit into what is free now (see `models.room.check_room`);
-    HookError for names that do not exist, and for hooks that a graph would not call.
+    HookError for names that do not exist, and for hooks that a graph would not call; InterventionError when a change
+    leaves logits that are not finite.
     """
     check_tokens(tokens, model.cfg)
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
@@ -155,7 +156,9 @@ def generate(
         sampler.see(tokens.cpu(), mask.bool().cpu(), model.cfg.d_vocab, written=False)
         passes.prefill(tokens, attention_mask, chunk)
         for step in range(max_new_tokens):
-            chosen = rows.take(sampler.choose(passes.logits()))  # [batch]
+            logits = passes.logits()  # [batch d_vocab]
+            check_finite(logits)
+            chosen = rows.take(sampler.choose(logits))  # [batch]
             ended = not rows.running_any or step + 1 == max_new_tokens
             if ended and recorder is None:
                 break

@@ -60,8 +60,7 @@ class Recorder:
         self.points = [point for name in names if name != ROUTING for point in _points(model, name)]
         self.on_disk = folder is not None
         self._sink = _Files(Path(folder)) if folder is not None else _Memory()
-        # one storage may pass several points: where others listen, what was seen here has to be copied
-        self._copies = any(point.listened for point in model.hook_dict.values())
+        self._copies = False
         self._held: dict[str, list[Tensor]] = {}
         self._slots: Slots | None = None
         self._model, self._steps = model, 0
@@ -72,6 +71,8 @@ class Recorder:
             self._model.hook_dict[f"blocks.{layer}.mlp.hook_{leaf}"] for leaf in ROUTER_POINTS for layer in self.layers
         ]
         points = list(dict.fromkeys([*routers, *self.points]))
+        # one storage may pass several points: where others listen, what was seen here has to be copied
+        self._copies = any(point.listened for point in self._model.hook_dict.values())
         with self._model.hooks([(point.name, self._keeper(point)) for point in points]):
             yield
 

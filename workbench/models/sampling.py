@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from workbench.errors import ShapeError
+from workbench.errors import InterventionError, ShapeError
+
+MOST_BIAS = 100.0  # what is added to a logit, in OpenAI's API too; far more would be infinite in float32
+MOST_PENALTY = 100.0  # and its inverse: logits are multiplied by it
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,13 @@ class Sampling:
     """How a token is chosen from logits, in the order in which it happens.
 
     repetition_penalty: logits of ids that a row already holds are divided by it where positive and multiplied where
-    negative (1909.05858); 1 is off. frequency_penalty, presence_penalty: taken off the logit of an id that the row
-    wrote itself, once for each time and once in all; 0 is off. logit_bias: (id, what is added to its logit), in
-    effect last. temperature: 0 takes the most probable token, and what follows has no effect. top_k
-    keeps the k largest logits, 0 all; ties with the k-th stay. top_p keeps the most probable tokens until they hold
-    that much probability (1904.09751), 1 all. seed: one number for all rows, each of which gets a stream of its own
-    (`row_seeds`), or one for each row; a row draws the same numbers whatever shares its batch, on every device.
+    negative (1909.05858); 1 is off, from 0.01 to 100. frequency_penalty, presence_penalty: taken off the logit of an
+    id that the row wrote itself, once for each time and once in all; 0 is off. logit_bias: (id, what is added to its
+    logit), in effect last. These three lie within ±100. temperature: 0 takes the most probable token, and what
+    follows has no effect. top_k keeps the k largest logits, 0 all; ties with the k-th stay. top_p keeps the most
+    probable tokens until they hold that much probability (1904.09751), 1 all. seed: one number for all rows, each of
+    which gets a stream of its own (`row_seeds`), or one for each row; a row draws the same numbers whatever shares
+    its batch, on every device.
     Raises ShapeError for values out of range.
     """
 
@@ -45,15 +49,15 @@ class Sampling:
         _check_number(
             "repetition_penalty",
             self.repetition_penalty,
-            0 < _number(self.repetition_penalty) < math.inf,
-            "a positive number",
+            1 / MOST_PENALTY <= _number(self.repetition_penalty) <= MOST_PENALTY,
+            f"a positive number from {1 / MOST_PENALTY} to {MOST_PENALTY:.0f}",
         )
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
-            _check_number(name, value, math.isfinite(_number(value)), "a finite number")
+            _check_number(name, value, abs(_number(value)) <= MOST_BIAS, f"a number within ±{MOST_BIAS:.0f}")
         for token_id, bias in self.logit_bias:
-            fits = type(token_id) is int and token_id >= 0 and math.isfinite(_number(bias))
-            _check_number("logit_bias", (token_id, bias), fits, "ids with finite numbers")
+            fits = type(token_id) is int and token_id >= 0 and abs(_number(bias)) <= MOST_BIAS
+            _check_number("logit_bias", (token_id, bias), fits, f"ids with numbers within ±{MOST_BIAS:.0f}")
         if type(self.top_k) is not int or self.top_k < 0:
             raise ShapeError(f"top_k: expected a whole number from 0, got {self.top_k!r}.")
 
@@ -101,6 +105,14 @@ class Sampler:
             return logits.argmax(-1)
         draws = torch.tensor([stream.random() for stream in self._streams], dtype=torch.float64)  # [batch], in [0, 1)
         return _inverse(probabilities(logits, self.sampling), draws)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises InterventionError for NaN and infinity, from which no token can be chosen and no probability told."""
+    if not bool(torch.isfinite(logits).all()):
+        raise InterventionError(
+            "intervention: expected finite logits under it, got others. Use smaller vectors and factors."
+        )
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:  # [batch d_vocab] -> float64 [batch d_vocab]

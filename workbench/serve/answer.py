@@ -16,21 +16,41 @@ from workbench.models.stopping import TextWatch
 
 
 class Text:
-    """A raw continuation: special tokens by name. `ids` is what it continues."""
+    """A raw continuation: special tokens by name, but not the one of `stop_ids` that ends it.
 
-    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int], stop_strings: Sequence[str]) -> None:
-        at_start = not ids or tokenizer.is_special(ids[-1])
-        self._watch = TextWatch(tokenizer.stream(text_start=at_start), stop_strings)
+    `ids` is what it continues; after an `echo` of them it may begin with the rest of their last character.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        stop_strings: Sequence[str],
+        stop_ids: Sequence[int] = (),
+        echo: bool = False,
+    ) -> None:
+        decoder = tokenizer.stream(text_start=echo or not ids or tokenizer.is_special(ids[-1]))
+        for token_id in ids if echo else ():
+            decoder.push(token_id)
+        self._watch, self._stop_ids = TextWatch(decoder, stop_strings), tuple(stop_ids)
 
     @property
     def stopped(self) -> bool:
         return self._watch.stopped
 
     def push(self, token_id: int) -> list[str]:
+        if token_id in self._stop_ids:
+            return []
         return [text] if (text := self._watch.push(token_id)) else []
 
     def finish(self) -> list[str]:
         return [text] if (text := self._watch.finish()) else []
+
+
+def echoed(tokenizer: Tokenizer, ids: Sequence[int], hidden: int) -> str:
+    """The text of a prompt but for its first `hidden` tokens, up to its last whole character; `Text` has the rest."""
+    decoder = tokenizer.stream(text_start=True)
+    return "".join([decoder.push(token_id) for token_id in ids][hidden:])
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def create_app(service: Service) -> FastAPI:
         await run_in_threadpool(service.scheduler.stop, service.limits.drain_seconds)
 
     app = FastAPI(title="LLM-jp-4 workbench", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_key=service.identity.api_key, body_bytes=service.limits.body_bytes)
+    app.add_middleware(Guard, api_key=service.identity.api_key, limits=service.limits)
     app.add_middleware(Counted, requests=service.metrics.requests)  # outermost: it counts refusals too
     _handle_errors(app)
     _add_models(app, service)

@@ -29,9 +29,10 @@ class Chat:
             raise invalid("top_logprobs", "top_logprobs: expected logprobs to be true beside it, got false.")
         if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
             raise invalid("max_tokens", "max_tokens: expected the same as max_completion_tokens, got another. Drop it.")
+        service.check_choices(1, body.n or 1)
         self.prompt = self._prompt()
         limit_name = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
-        ask = service.ask(body, self.prompt, body.max_completion_tokens or body.max_tokens, limit_name)
+        (ask,) = service.asks(body, [self.prompt], body.max_completion_tokens or body.max_tokens, limit_name)
         self.ask = replace(
             ask,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from workbench.errors import InterventionError
 from workbench.interventions import Intervention
 from workbench.models.cache import KVCache
-from workbench.models.sampling import Sampler, Sampling
+from workbench.models.sampling import Sampler, Sampling, check_finite
 from workbench.models.stopping import ThinkingBudget
 
 
@@ -176,13 +175,6 @@ class Choice:
         chosen = int(self._sampler.choose(logits[None])[0])  # drawn in any case: a budget moves no random number
         dictated = None if self._budget is None else self._budget.dictated()
         return chosen if dictated is None else dictated
-
-
-def check_finite(logits: Tensor) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise InterventionError(
-            "intervention: expected finite logits under it, got others. Use smaller vectors and factors."
-        )
 
 
 def logprobs_of(logits: Tensor, ids: Sequence[int], n_top: int) -> list[Logprob]:  # float32 [pos d_vocab]

@@ -36,4 +36,4 @@ def api_key(given: str | None, file: Path | None) -> str | None:
         return given
     if file is not None:
         return file.read_text(encoding="utf-8").strip()
-    return os.environ.get(KEY_VARIABLE) or None
+    return (os.environ.get(KEY_VARIABLE) or "").strip() or None

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from workbench.serve.answer import Text
+from workbench.serve.answer import Text, echoed
 from workbench.serve.choice import Ask, Choice, Ended, Logprob, Written
 from workbench.serve.errors import naming
 from workbench.serve.logprobs import Offsets, text_logprobs
@@ -37,16 +37,14 @@ class Completion:
         if body.max_tokens is None:  # the default gives way to a long prompt
             longest = max(len(prompt.ids) for prompt in self.prompts)
             n_new = max(min(n_new, service.engine.n_ctx - longest), 0)
-        ask = service.ask(body, self.prompts[0].ids, n_new, "max_tokens")
-        self.asks = [ask, *(service.ask(body, prompt.ids, n_new, "max_tokens") for prompt in self.prompts[1:])]
         self.asks = [
             replace(ask, logprobs=body.logprobs, score_prompt=bool(body.echo) and body.logprobs is not None)
-            for ask in self.asks
+            for ask in service.asks(body, [prompt.ids for prompt in self.prompts], n_new, "max_tokens")
         ]
 
     def choices(self, mailbox: Mailbox) -> list[Choice]:
         def writer(ask: Ask) -> Text:
-            return Text(self.service.tokenizer, ask.prompt, stops(self.body))
+            return Text(self.service.tokenizer, ask.prompt, stops(self.body), ask.stop_ids, bool(self.body.echo))
 
         return self.service.choices(self.asks, self.body.n or 1, writer, mailbox)
 
@@ -71,9 +69,9 @@ class Completion:
         async for event in events:
             choice = choices[event.index]
             if event.index not in offsets:  # its prompt has been read
-                echoed, scored, offsets[event.index] = self._echo(choice)
+                prompt, scored, offsets[event.index] = self._echo(choice)
                 if self.body.echo:
-                    yield self._chunk(choice, echoed, scored)
+                    yield self._chunk(choice, prompt, scored)
             if isinstance(event, Written):
                 offset = offsets[event.index].next(event.token_id)
                 shown = None
@@ -96,20 +94,27 @@ class Completion:
     def _prompts(self) -> list[Prompt]:
         given = self.body.prompt
         several: list[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        self.service.check_choices(len(several), self.body.n or 1)
         bos = self.body.add_special_tokens is not False
         found = []
         for position, one in enumerate(several):
             name = f"prompt[{position}]" if several is given else "prompt"
             if isinstance(one, str):
                 with naming(name):
-                    found.append(Prompt(self.service.tokenizer.to_tokens(one, bos=bos), int(bos)))
+                    found.append(self._tokenized(one, bos))
             else:
                 found.append(Prompt(list(one), 0))
             self.service.check_ids(name, found[-1].ids)
         return found
 
+    def _tokenized(self, text: str, bos: bool) -> Prompt:
+        """Behind one <|startoftext|>: that which was asked for, or the text's own."""
+        ids = self.service.tokenizer.to_tokens(text, bos=bos)
+        doubled = bos and ids[1:2] == ids[:1]
+        return Prompt(ids[doubled:], int(bos and not doubled))
+
     def _choice(self, choice: Choice, text: str, logprobs: list[Logprob]) -> dict[str, Any]:
-        echoed, scored, offsets = self._echo(choice)
+        prompt, scored, offsets = self._echo(choice)
         routing = self.service.routing(choice)
         shown = None
         if self.body.logprobs is not None:
@@ -119,7 +124,7 @@ class Completion:
                 shown = {name: [*scored[name], *values] for name, values in shown.items()}
         return {
             "index": choice.index,
-            "text": echoed + text,
+            "text": prompt + text,
             "finish_reason": choice.reason,
             "logprobs": shown,
             **({} if routing is None else {"routing": routing}),
@@ -136,7 +141,7 @@ class Completion:
         scored = None
         if self.body.logprobs is not None:
             scored = text_logprobs(tokenizer, prompt.ids, [None, *choice.prompt_logprobs], places)
-        return tokenizer.to_string(prompt.ids[prompt.hidden :]), scored, offsets
+        return echoed(tokenizer, prompt.ids, prompt.hidden), scored, offsets
 
     def _head(self) -> dict[str, Any]:
         return {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from workbench.serve.errors import ApiError
+from workbench.serve.limits import Limits
 
 OPEN_PATHS = ("/health", "/ready")  # for whoever watches the process
 
@@ -17,10 +20,10 @@ App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
 
 class Guard:
-    """Refuses requests without the API key, and bodies above the limit, however they are sent."""
+    """Refuses requests without the API key, and bodies above the limit or that do not come, however they are sent."""
 
-    def __init__(self, app: App, api_key: str | None, body_bytes: int) -> None:
-        self.app, self.body_bytes = app, body_bytes
+    def __init__(self, app: App, api_key: str | None, limits: Limits) -> None:
+        self.app, self.limits = app, limits
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -32,16 +35,22 @@ class Guard:
             await refuse(send, ApiError(401, "api key: expected 'Authorization: Bearer KEY' with this server's key."))
             return
         declared = headers.get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self.body_bytes:
+        if declared.isdigit() and int(declared) > self.limits.body_bytes:
             await refuse(send, self._too_large())
             return
-        n_received = 0
+        n_received, complete = 0, False
+        deadline = time.monotonic() + self.limits.seconds
 
         async def counted() -> dict[str, Any]:
-            nonlocal n_received
-            message: dict[str, Any] = await receive()
+            nonlocal n_received, complete
+            patience = min(self.limits.stall_seconds, deadline - time.monotonic())
+            try:  # after the body only the end of the connection is waited for, which has its time
+                message: dict[str, Any] = await asyncio.wait_for(receive(), None if complete else max(patience, 0.0))
+            except TimeoutError:
+                raise ApiError(408, "body: expected all of it within the server's limit, got a part.") from None
             n_received += len(message.get("body", b""))
-            if n_received > self.body_bytes:
+            complete = complete or not message.get("more_body", False)
+            if n_received > self.limits.body_bytes:
                 raise self._too_large()
             return message
 
@@ -54,7 +63,9 @@ class Guard:
         return hmac.compare_digest(given.strip(), self._key) and scheme.lower() == b"bearer"
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"body: expected at most {self.body_bytes} bytes, got more. Send less.", code="too_large")
+        return ApiError(
+            413, f"body: expected at most {self.limits.body_bytes} bytes, got more. Send less.", code="too_large"
+        )
 
 
 class Counted:

@@ -19,10 +19,11 @@ class Limits:
     `workbench.models.blocks`); running: sequences that hold a cache at once, in as many passes as they need; queue:
     sequences that wait, beyond which requests are refused; choices: sequences of one request (prompts times n).
     prefill_chunk: columns of a prompt in one pass, between two of which every running sequence writes a token.
-    cache_positions: keys and values of all running sequences together; None for half of the free memory.
-    body_bytes: of one request. seconds: for one request, waiting included. stall_seconds: how long a reader may take
-    nothing before its connection is closed; buffer: tokens kept for a slow reader before its sequence pauses.
-    drain_seconds: for what runs when the server is told to stop.
+    cache_positions: keys and values of all running sequences together; None for half of the free memory. body_bytes:
+    of one request. connections: open at once, idle ones too. seconds: for one request, waiting included, and for its
+    body to arrive. stall_seconds: how long a client may send nothing of a body that it announced, or a reader take
+    nothing of its answer; buffer: tokens kept for a slow reader before its sequence pauses. drain_seconds: for what
+    runs when the server is told to stop.
     """
 
     rows: int = 8
@@ -32,6 +33,7 @@ class Limits:
     prefill_chunk: int = 256
     cache_positions: int | None = None
     body_bytes: int = 4 << 20
+    connections: int = 1024
     seconds: float = 600.0
     stall_seconds: float = 60.0
     buffer: int = 64

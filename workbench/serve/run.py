@@ -18,9 +18,9 @@ SHORTEST_KEY = 16
 
 def check_address(host: str, api_key: str | None) -> None:
     """Raises ConfigError for an address that others can reach without an API key, and for a key that can be guessed."""
-    if api_key is not None and (len(api_key) < SHORTEST_KEY or not api_key.isascii() or " " in api_key):
+    if api_key is not None and (len(api_key) < SHORTEST_KEY or not all("!" <= char <= "~" for char in api_key)):
         raise ConfigError(
-            f"api key: expected at least {SHORTEST_KEY} ASCII characters without spaces, got fewer or others. "
+            f"api key: expected at least {SHORTEST_KEY} ASCII characters that can be seen, got fewer or others. "
             "Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
     if api_key is None and not _is_loopback(host):
@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
                 host=host,
                 port=port,
                 log_level="warning",
+                limit_concurrency=service.limits.connections,
                 lifespan="on",
                 server_header=False,
                 timeout_graceful_shutdown=max(1, int(service.limits.drain_seconds)),

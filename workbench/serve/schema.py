@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from workbench.axes import EFFORTS, LANGUAGES
+from workbench.models.sampling import MOST_BIAS
 
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -42,10 +43,12 @@ class Common(Body):
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the most probable token. Default 1.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="-1 or 0: all tokens.")
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="On ids of the prompt and the answer.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="On ids of the prompt and the answer.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="On ids of the answer.")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="On ids of the answer.")
-    logit_bias: dict[str, float] | None = Field(None, description="By token id.")
+    logit_bias: dict[str, Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]] | None = Field(
+        None, description="By token id."
+    )
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
     n: int | None = Field(None, ge=1, le=128)

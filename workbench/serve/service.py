@@ -50,8 +50,27 @@ class Service:
     def tokenizer(self) -> Any:
         return self.engine.tokenizer
 
-    def ask(self, body: Common, prompt: Sequence[int], max_new_tokens: int | None, limit_name: str) -> Ask:
-        """One choice of a request, checked. Raises ApiError naming the field that is wrong."""
+    def check_choices(self, n_prompts: int, n: int) -> None:
+        """Raises ApiError for more than one request may ask for; looked at before anything is read or made."""
+        if n_prompts * n > self.limits.choices:
+            raise invalid("n", f"n: expected at most {self.limits.choices} choices in all, got {n_prompts * n}.")
+
+    def asks(
+        self, body: Common, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, limit_name: str
+    ) -> list[Ask]:
+        """An ask for each prompt of a request, checked. Raises ApiError naming the field that is wrong."""
+        if body.routing and not self.engine.layers:
+            raise invalid("routing", "routing: expected a model with experts, got one without. Leave it out.")
+        items, sampling = self._items(body), self._sampling(body)
+        return [
+            Ask(
+                tuple(prompt), self._n_new(prompt, max_new_tokens, limit_name), sampling, tuple(self.model.stop_ids),
+                items, body.lang, routing=bool(body.routing),
+            )
+            for prompt in prompts
+        ]  # fmt: skip
+
+    def _n_new(self, prompt: Sequence[int], max_new_tokens: int | None, limit_name: str) -> int:
         room = self.engine.n_ctx - len(prompt)
         wanted = room if max_new_tokens is None else max_new_tokens
         if wanted > room or (max_new_tokens is None and room < 1):
@@ -61,13 +80,7 @@ class Service:
                 f"{len(prompt)} and {wanted if max_new_tokens else 'an answer'} more. Shorten either.",
                 "context_length_exceeded",
             )
-        if body.routing and not self.engine.layers:
-            raise invalid("routing", "routing: expected a model with experts, got one without. Leave it out.")
-        items = self._items(body)
-        return Ask(
-            tuple(prompt), wanted, self._sampling(body), tuple(self.model.stop_ids), items, body.lang,
-            routing=bool(body.routing),
-        )  # fmt: skip
+        return wanted
 
     def check_ids(self, param: str, ids: Sequence[int]) -> None:
         d_vocab = self.model.cfg.d_vocab
@@ -78,8 +91,7 @@ class Service:
 
     def choices(self, asks: Sequence[Ask], n: int, writer: Callable[[Ask], Writer], mailbox: Mailbox) -> list[Choice]:
         """`n` choices of each ask, each with a seed of its own, as `model.generate` would seed its rows."""
-        if len(asks) * n > self.limits.choices:
-            raise invalid("n", f"n: expected at most {self.limits.choices} choices in all, got {len(asks) * n}.")
+        self.check_choices(len(asks), n)
         made: list[Choice] = []
         for ask in asks:
             seed = ask.sampling.seed
@@ -139,9 +151,10 @@ class Service:
     def _sampling(self, body: Common) -> Sampling:
         bias = []
         for key, value in (body.logit_bias or {}).items():
-            if not (key.isascii() and key.isdigit() and int(key) < self.model.cfg.d_vocab):
+            token_id = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
+            if str(token_id) != key or token_id >= self.model.cfg.d_vocab:
                 raise invalid("logit_bias", f"logit_bias: expected token ids as keys, got {key[:20]!r}.")
-            bias.append((int(key), value))
+            bias.append((token_id, value))
         return Sampling(
             temperature=_or(body.temperature, 1.0),
             top_p=_or(body.top_p, 1.0),
