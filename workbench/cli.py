@@ -110,6 +110,7 @@ def params(arguments: argparse.Namespace) -> None:
 
 def memory(arguments: argparse.Namespace) -> None:
     """Print what a generation needs; refuse what does not fit."""
+    from workbench.hooks import as_device
     from workbench.memory import DTYPES, config_of, predict
     from workbench.models.room import GIB, available_memory
 
@@ -123,23 +124,25 @@ def memory(arguments: argparse.Namespace) -> None:
         record=arguments.record,
         records_on_disk=not arguments.in_memory,
     )
-    print(needed.table(arguments.model))
     given = arguments.available
-    needed.check(int(given * GIB) if given is not None else available_memory(arguments.device), arguments.device)
+    free = int(given * GIB) if given is not None else available_memory(str(as_device(arguments.device)))
+    print(needed.table(arguments.model))
+    needed.check(free, arguments.device)
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve a model over HTTP until told to stop."""
     from workbench.io.hub import model_name
     from workbench.models.room import available_memory
-    from workbench.serve.command import api_key, limits_of, need_server
+    from workbench.serve.command import api_key, check_date, limits_of, need_server
     from workbench.serve.run import check_address
     from workbench.serve.run import serve as run
     from workbench.serve.service import Identity, Service
 
     need_server()
     key = api_key(arguments.api_key, arguments.api_key_file)
-    check_address(arguments.host, key)  # before minutes of loading
+    check_address(arguments.host, arguments.port, key)  # before minutes of loading
+    check_date(arguments.date)
     limits = limits_of(arguments)
     items = interventions_of(arguments.intervention)
     model = model_of(arguments)

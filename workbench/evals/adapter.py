@@ -31,6 +31,13 @@ DATE = "2026-01-01"  # of conversations: today's would make every day another pr
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
+def _as_date(date: str) -> str:
+    try:
+        return str(datetime.date.fromisoformat(date))
+    except ValueError:
+        raise ConfigError(f"date: expected YYYY-MM-DD, got {date!r}.") from None
+
+
 @register_model("workbench")
 class WorkbenchLM(TemplateLM):
     """A workbench model that answers the harness's requests, under interventions if any are given.
@@ -73,7 +80,7 @@ class WorkbenchLM(TemplateLM):
         given = load_interventions(interventions) if isinstance(interventions, str | Path) else tuple(interventions)
         self.changes = Changes(given)
         self.batch_size, self.max_gen_toks = _as_batch_size(batch_size, max_batch_size), max_gen_toks
-        self.effort, self.date, self.add_bos = effort, str(datetime.date.fromisoformat(date)), add_bos
+        self.effort, self.date, self.add_bos = effort, _as_date(date), add_bos
         if answers not in ("auto", "final", "all"):
             raise ConfigError(f"answers: expected auto, final or all, got {answers!r}.")
         self.answers, self.score_in_final = answers, score_in_final

@@ -52,6 +52,8 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
     """
     if not names:
         raise RunError("tasks: expected the name of one or more, got none. Try workbench_choices.")
+    if include_path and not Path(include_path).is_dir():
+        raise RunError(f"include_path: expected a folder of task files, got {str(include_path)!r}. Check the path.")
     folders = [TASKS, *([Path(include_path)] if include_path else [])]
     # the harness's own index is thousands of files: it is read only for tasks that are not ours
     manager = TaskManager(include_path=folders, include_defaults=not all(name.startswith(OWN) for name in names))
@@ -116,6 +118,15 @@ def evaluate(
     loaded = tasks if isinstance(tasks, dict) else load_tasks(tasks, include_path)
     if limit is not None and limit < 1:
         raise RunError(f"limit: expected at least 1, got {limit}.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise RunError(f"num_fewshot: expected 0 or more, got {num_fewshot}.")
+    if chat and lm.model.chat_template is None:
+        raise RunError(
+            "chat: expected a model with a chat template, got one without. Ask a thinking model, or in text."
+        )
+    generates = [task.get_config("output_type") == "generate_until" for task in loaded["tasks"].values()]
+    if gen_kwargs and not any(generates):
+        raise RunError("gen_kwargs: expected a task that generates, got those that score. Leave them out.")
     for name, task in loaded["tasks"].items():
         _configure(name, task, num_fewshot, gen_kwargs)
     lm.counts.update(dict.fromkeys(lm.counts, 0))
@@ -136,6 +147,8 @@ def evaluate(
 def _configure(name: str, task: ConfigurableTask, num_fewshot: int | None, gen_kwargs: dict[str, Any] | None) -> None:
     """What the harness's command sets on a task before it runs."""
     own = task.get_config("num_fewshot")
+    if own == 0 and num_fewshot:
+        raise RunError(f"num_fewshot: expected 0 for {name}, which fixes it, got {num_fewshot}. Leave it out.")
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=1234)

@@ -7,9 +7,11 @@ benchmark adds), `<out>/metadata.json` the model's name. Both as llm-jp-judge 2.
 from __future__ import annotations
 
 import csv
+import datetime
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from workbench.chat import Message, render_tokens
 from workbench.errors import RunError
 from workbench.evals.answers import final_message
 from workbench.evals.scoring import Changes, Writing, write
+from workbench.evals.targets import plain
+from workbench.experiments.identity import describe_model
 from workbench.interventions import Intervention
 from workbench.io.hub import model_name
-from workbench.io.run_files import write_text
+from workbench.io.run_files import check_same, write_text
 from workbench.models import Llama
 from workbench.models.sampling import row_seeds
 
@@ -127,27 +131,76 @@ def export(
     """Answer every item and write the files that the judge evaluates; returns their paths.
 
     benchmarks: by name (BENCHMARKS) the dataset file that the judge uses. A file that is there is kept, as the judge's
-    own generator does, unless `overwrite`. A response is what stands in the final channel; where there is none it is
-    null and `error_messages` says why. Each turn sees the answers to those before it. Raises RunError for a benchmark
-    that does not exist, a file that does not fit, and prompts that leave no room for `max_tokens`.
+    own generator does, unless `overwrite`; `export.json` says what its answers came from, and it is only kept if they
+    came from the same. A response is what stands in the final channel; where there is none it is null and
+    `error_messages` says why. Each turn sees the answers to those before it. Raises RunError for a benchmark that does
+    not exist, a file that does not fit, answers of another model or under other settings, a model without a chat
+    template, and prompts that leave no room for `max_tokens`.
     """
     asking = asking or Asking()
+    asking = replace(asking, date=asking.date or str(datetime.date.today()))
+    if model.chat_template is None:
+        raise RunError("model: expected one with a chat template, got one without. Use a thinking model.")
     unknown = [benchmark for benchmark in benchmarks if benchmark not in BENCHMARKS]
     if unknown or not benchmarks:
         raise RunError(f"benchmark: expected some of {', '.join(BENCHMARKS)}, got {', '.join(unknown) or 'none'}.")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for benchmark, source in benchmarks.items():
-        file = folder / f"{benchmark}.jsonl"
-        if overwrite or not file.exists():
-            rows = BENCHMARKS[benchmark].read(Path(source))[:limit]
+    shown = name or (model_name(model.source) if model.source else "unnamed")
+    record = _Record(folder, {"name": shown, **describe_model(model), "asked": asdict(asking), "limit": limit,
+                              "changes": plain(interventions)})  # fmt: skip
+    sources = {benchmark: _rows(benchmark, Path(source))[:limit] for benchmark, source in benchmarks.items()}
+    kept = [] if overwrite else [one for one in sources if (folder / f"{one}.jsonl").exists()]
+    for benchmark in kept:
+        record.check(benchmark, sources[benchmark])
+    record.check_others(set(sources) - set(kept))
+    for benchmark, rows in sources.items():
+        if benchmark not in kept:
             answered = answer(model, rows, BENCHMARKS[benchmark], asking, Changes(tuple(interventions)))
-            write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered))
-        written.append(file)
-    metadata = {"model_name": name or (model_name(model.source) if model.source else "unnamed")}
-    write_text(folder / "metadata.json", json.dumps(metadata, ensure_ascii=False))
-    return [*written, folder / "metadata.json"]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
+            write_text(folder / f"{benchmark}.jsonl", text)
+            record.add(benchmark, rows)
+    write_text(folder / "metadata.json", json.dumps({"model_name": shown}, ensure_ascii=False))
+    return [*(folder / f"{benchmark}.jsonl" for benchmark in sources), folder / "metadata.json"]
+
+
+class _Record:
+    """`export.json`: what the answers in a folder came from, by benchmark. One folder holds answers of one model."""
+
+    def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
+        self.file, self.asked = folder / "export.json", asked
+        self.found: dict[str, Any] = json.loads(self.file.read_text("utf-8")) if self.file.is_file() else {}
+
+    def check(self, benchmark: str, rows: Sequence[Row]) -> None:
+        """Raises RunError unless the answers that are there are those that are asked for."""
+        if benchmark not in self.found:
+            raise RunError(
+                f"{self.file.parent}: expected answers to {benchmark} that export.json tells of, got others. "
+                "Name another folder, or overwrite them."
+            )
+        check_same(self.file.parent, self.found[benchmark], self._of(rows))
+
+    def check_others(self, replaced: Collection[str]) -> None:
+        """Raises RunError when answers that stay came from another model or change, whose name they would bear."""
+        for benchmark, found in self.found.items():
+            if benchmark not in replaced and (self.file.parent / f"{benchmark}.jsonl").exists():
+                same = {name: self.asked[name] for name in ("name", "model", "changes")}
+                check_same(self.file.parent, found, same, f"{benchmark}.")
+
+    def add(self, benchmark: str, rows: Sequence[Row]) -> None:
+        self.found[benchmark] = self._of(rows)
+        write_text(self.file, json.dumps(self.found, ensure_ascii=False, indent=1) + "\n")
+
+    def _of(self, rows: Sequence[Row]) -> dict[str, Any]:
+        text = json.dumps(rows, ensure_ascii=False, sort_keys=True)
+        return {**self.asked, "items": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _rows(benchmark: str, source: Path) -> list[Row]:
+    rows = BENCHMARKS[benchmark].read(source)
+    if not rows:
+        raise RunError(f"{source}: expected items of {benchmark}, got none. Use the dataset that llm-jp-judge reads.")
+    return rows
 
 
 def answer(

@@ -93,7 +93,10 @@ def findings(found: Ablation) -> list[str]:
     carried = [row for row in found.judged.iter_rows(named=True) if row["carries"] != "none"]
     if found.judged.is_empty():
         return ["Nothing was judged."]
-    if not carried:
+    tested = found.judged.filter(pl.col("p_holm").is_not_null()) if "p_holm" in found.judged.columns else found.judged
+    if tested.is_empty():
+        lines.append("Nothing was tested: that takes items in both languages, and controls. No target can carry one.")
+    elif not carried:
         lines.append(
             "No target carries a language by these tests: none costs one language more than the other beyond what "
             "random experts of the same layers and load do."

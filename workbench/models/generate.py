@@ -137,6 +137,10 @@ def generate(
     _check(model, tokens, mask, max_new_tokens, cache, prefill_chunk)
     sampler = Sampler(Sampling(temperature, top_p, top_k, repetition_penalty, seed), tokens.shape[0])
     rows = Rows(model, tokens, mask, stop_ids, stop_strings, max_thinking_tokens, pad_id, on_text)
+    if record_to is not None and not record:
+        raise ShapeError("record_to: expected something to record beside it, got none. Name it in record.")
+    if on_text is not None and not callable(on_text):
+        raise ShapeError(f"on_text: expected a function of (row, text), got {on_text!r}.")
     recorder = Recorder(model, record, record_to) if record else None
     chunk, growing = prefill_chunk or tokens.shape[1], cache == "growing"
     check_room(model, mask, max_new_tokens, chunk, growing, recorder)
@@ -194,6 +198,11 @@ def _check(
     if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
         raise ShapeError(f"prefill_chunk: expected at least 1, a whole number, or None, got {prefill_chunk!r}.")
     room = model.cfg.n_ctx - tokens.shape[-1]
+    if room < 1:
+        raise ShapeError(
+            f"tokens: expected at most {model.cfg.n_ctx - 1} positions, so that one can be written, got "
+            f"{tokens.shape[-1]}. Shorten the prompt."
+        )
     if max_new_tokens > room:
         raise ShapeError(
             f"max_new_tokens: expected at most {room} after a prompt of {tokens.shape[-1]} in a context of "

@@ -201,7 +201,10 @@ class _Files:
     def __init__(self, folder: Path) -> None:
         if (folder / "record.json").exists():
             raise ConfigError(f"record_to: expected a folder without a record, got {folder}. Name another.")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"record_to: expected a folder to write to, got {folder} ({error.strerror}).") from None
         self.folder = folder
         self._shapes: dict[str, list[int]] = {}  # [pos batch ...]
         self._dtypes: dict[str, str] = {}

@@ -69,4 +69,6 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         return invalid(None, "body: expected JSON, got something else. Send an object.")
     param = field_name(first["loc"])
+    if param is None and first["type"] == "model_attributes_type":
+        return invalid(None, "body: expected a JSON object with Content-Type: application/json, got something else.")
     return invalid(param, f"{param or 'body'}: {first['msg']}.", str(first["type"]))

@@ -16,14 +16,17 @@ from workbench.serve.service import Service
 SHORTEST_KEY = 16
 
 
-def check_address(host: str, api_key: str | None) -> None:
+def check_address(host: str, port: int, api_key: str | None) -> None:
     """Raises ConfigError for an address that others can reach without an API key, and for a key that can be guessed."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"port: expected a number from 0 to {(1 << 16) - 1}, got {port}.")
     if api_key is not None and (len(api_key) < SHORTEST_KEY or not all("!" <= char <= "~" for char in api_key)):
         raise ConfigError(
             f"api key: expected at least {SHORTEST_KEY} ASCII characters that can be seen, got fewer or others. "
             "Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
-    if api_key is None and not _is_loopback(host):
+    is_loopback = _is_loopback(host)
+    if api_key is None and not is_loopback:
         raise ConfigError(
             f"host: expected a loopback address without an API key, got {host!r}. Pass --api-key-file, or set "
             "WORKBENCH_API_KEY."
@@ -77,7 +80,7 @@ class Server(uvicorn.Server):
 
 def serve(service: Service, host: str, port: int) -> None:
     """Serve until told to stop. Raises ConfigError when the address cannot be used."""
-    check_address(host, service.identity.api_key)
+    check_address(host, port, service.identity.api_key)
     server = Server(service, host, port)
     try:
         server.run()

@@ -121,7 +121,8 @@ class Scheduler:
                 if self._stopping and not self._waiting and not self._running:
                     return
                 if news == self._news and not self._busy():
-                    self._changed.wait(IDLE_SECONDS if self._running else None)
+                    idle = not self._running and not self._waiting
+                    self._changed.wait(None if idle else IDLE_SECONDS)
                 news = self._news
             self._round()
 
@@ -212,3 +213,5 @@ class Scheduler:
             choice.cache = None
         choice.end(reason, error)
         self._on_end(choice)
+        with self._changed:  # its place and its cache are free for one that waits
+            self._news += 1

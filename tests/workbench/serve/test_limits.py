@@ -29,14 +29,14 @@ LONG = {"prompt": IDS, "max_tokens": 290, "temperature": 1, "logit_bias": {"2": 
 
 def test_other_addresses_need_a_key() -> None:
     for host in ("127.0.0.1", "localhost", "::1"):
-        check_address(host, None)
+        check_address(host, 8000, None)
     for host in ("0.0.0.0", "192.0.2.1"):
         with pytest.raises(ConfigError, match="without an API key"):
-            check_address(host, None)
-        check_address(host, KEY)
+            check_address(host, 8000, None)
+        check_address(host, 8000, KEY)
     for key in ("", "short", "x" * 15 + " "):
         with pytest.raises(ConfigError, match="api key"):
-            check_address("127.0.0.1", key)
+            check_address("127.0.0.1", 8000, key)
 
 
 def test_limits_are_checked() -> None:
