@@ -75,6 +75,15 @@ def test_what_cannot_fit_is_refused_with_the_numbers(capsys: pytest.CaptureFixtu
     assert "got 24.000 GiB" in refused
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has CUDA")
+def test_a_device_that_is_not_there_is_named_before_anything_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cuda", "foo"):
+        assert main(["memory", "nano-moe-thinking", "--context", "100", "--device", device]) == 2
+        said = capsys.readouterr()
+        assert "device: expected one this machine has" in said.err
+        assert not said.out
+
+
 def generate_with(free: int, model: Llama, monkeypatch: pytest.MonkeyPatch, **options: object) -> list[str]:
     """Names of hook points that ran before `generate` ended, with so many bytes free."""
     monkeypatch.setattr("workbench.models.room.available_memory", lambda device="cpu": free)

@@ -12,13 +12,14 @@ from torch import Tensor
 from workbench.axes import ROUTING_COLUMNS
 from workbench.capture import capture_routing
 from workbench.chat import render
-from workbench.errors import ConfigError, HookError, ShapeError
+from workbench.errors import ConfigError, HookError, InterventionError, ShapeError
 from workbench.hooks import HookPoint
-from workbench.interventions import KnockOut, Where
+from workbench.interventions import AddVector, KnockOut, ScaleActivation, Where
 from workbench.io.weights import load_model
 from workbench.models import Generation, Llama, Qwen3Moe
 from workbench.models.recording import open_record
 from workbench.transcript import rows_of
+from workbench_kernels import experts
 
 PROMPTS = [
     render([{"role": "user", "content": "2足す3はいくつですか。"}], date="2026-04-03"),
@@ -140,6 +141,18 @@ def test_edits_in_place_by_later_hooks_do_not_reach_the_record(moe: Qwen3Moe, to
     assert torch.equal(out.record.activations[name][:, :7], expected.record.activations[name][:, :7])
 
 
+def test_interventions_that_edit_in_place_do_not_reach_what_was_recorded_before(
+    moe: Qwen3Moe, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AddVector, "_edit", lambda self, x, site: x.mul_(0.5))
+    halve = AddVector(vector=torch.ones(moe.cfg.d_model), point="resid_pre", where=Where(layers=(1,)))
+    point = "blocks.0.hook_resid_post"  # the same storage as resid_pre of layer 1
+    out = moe.generate(tokens, max_new_tokens=2, stop_ids=(), interventions=[halve], record=[point])
+    plain = moe.generate(tokens, max_new_tokens=2, stop_ids=(), record=[point])
+    n_prompt = tokens.shape[1]
+    assert torch.equal(out.record.activations[point][:, :n_prompt], plain.record.activations[point][:, :n_prompt])
+
+
 def test_recorded_tensors_may_be_trained_on(moe: Qwen3Moe, tokens: Tensor) -> None:
     out = moe.generate(tokens, max_new_tokens=3, stop_ids=(), record=["resid_post"])
     values = out.record.activations["blocks.0.hook_resid_post"]
@@ -176,6 +189,33 @@ def test_what_cannot_be_recorded_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         moe.generate(tokens, max_new_tokens=2, record=record)
+
+
+def test_where_nothing_can_be_written_is_one_error(moe: Qwen3Moe, tokens: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="record_to: expected a folder to write to"):
+        moe.generate(tokens, max_new_tokens=2, record=["routing"], record_to=tmp_path / "file")
+    with pytest.raises(ShapeError, match="record_to: expected something to record beside it"):
+        moe.generate(tokens, max_new_tokens=2, record_to=tmp_path / "records")
+    with pytest.raises(ShapeError, match="on_text: expected a function"):
+        moe.generate(tokens, max_new_tokens=2, on_text=3)
+    with pytest.raises(ShapeError, match="so that one can be written"):
+        moe.generate(torch.full((1, moe.cfg.n_ctx), 5))
+
+
+def test_logits_without_a_number_are_an_error_and_no_token(nano: Llama) -> None:
+    wild = [ScaleActivation(factor=1e38, point="ln_final.hook_normalized", where=Where(phase="decode"))]
+    for temperature in (0.0, 1.0):
+        with pytest.raises(InterventionError, match="expected finite logits"):
+            nano.generate(torch.tensor([[1, 500, 600]]), max_new_tokens=5, interventions=wild, temperature=temperature)
+
+
+def test_the_experts_lie_ready_while_it_writes_and_not_after(nano: Llama) -> None:
+    kept: list[int] = []
+    with nano.hooks([("hook_embed", lambda x, hook: kept.append(len(experts._KEPT)))]):
+        nano.generate(torch.tensor([[1, 500, 600]]), max_new_tokens=2, stop_ids=())
+    assert kept == [2 * nano.cfg.n_layers] * 2
+    assert not experts._KEPT
 
 
 def test_a_dense_model_has_no_routing(llama: Llama, tokens: Tensor) -> None:

@@ -87,6 +87,40 @@ def test_a_run_continues_and_is_refused_when_it_is_another(
 
 
 @pytest.mark.slow
+def test_a_run_is_another_when_answers_are_asked_for_or_judged_otherwise(
+    base: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = AblatePlan(PLAN.tasks, n_controls=0, limit=2, n_resamples=50)
+    one = [Target("one", knock_out([(2, 3)], "drop"), ((2, 3),))]
+    ablate(lm_of(base), one, plan, tmp_path, progress=False)
+    for other in ({"score_in_final": False}, {"max_gen_toks": 3}):
+        with pytest.raises(RunError, match=next(iter(other))):
+            ablate(WorkbenchLM(base, progress=False, **other), one, plan, tmp_path, progress=False)
+    load = conditions_module.load_tasks
+
+    def judged_otherwise(*args: object) -> dict:
+        found = load(*args)
+        for task in found["tasks"].values():
+            task.set_config(key="metric_list", value=[{"metric": "acc_norm"}])
+        return found
+
+    monkeypatch.setattr(conditions_module, "load_tasks", judged_otherwise)
+    with pytest.raises(RunError, match=r"tasks\.workbench_sums"):
+        ablate(lm_of(base), one, plan, tmp_path, progress=False)
+
+
+def test_without_controls_or_a_second_language_nothing_is_said_to_be_tested(base: Llama, tmp_path: Path) -> None:
+    one = [Target("one", knock_out([(2, 3)], "drop"), ((2, 3),))]
+    plan = AblatePlan(PLAN.tasks, n_controls=0, limit=2, n_resamples=50)
+    said = " ".join(findings(ablate(lm_of(base), one, plan, tmp_path / "a", progress=False)))
+    assert "Nothing was tested" in said
+    assert "No target carries" not in said
+    plan = AblatePlan(("workbench_sums_ja",), n_controls=2, limit=2, n_resamples=50)
+    said = " ".join(findings(ablate(lm_of(base), one, plan, tmp_path / "b", progress=False)))
+    assert "Nothing was tested" in said
+    assert "No target carries" not in said
+
+
 def test_a_scan_chooses_on_one_half_and_judges_on_the_other(base: Llama, tmp_path: Path) -> None:
     found = ablate_by_scan(lm_of(base), AblatePlan(PLAN.tasks, n_controls=2, limit=10, n_resamples=100), tmp_path, 2,
                            layers=(4,), progress=False)  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 
 from tests.checkpoints import run_python
 from workbench.cli import _parser, main
-from workbench.errors import RunError
+from workbench.errors import ConfigError, RunError
 from workbench.evals.adapter import WorkbenchLM
 from workbench.evals.harness import TASKS, evaluate, item_frame, load_tasks
 from workbench.models import Llama
@@ -88,6 +88,26 @@ def test_a_task_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_fewshot": -1}, "num_fewshot: expected 0 or more"),
+        ({"num_fewshot": 3}, "num_fewshot: expected 0 for workbench_facts_ja, which fixes it"),
+        ({"gen_kwargs": {"temperature": 0.5}}, "gen_kwargs: expected a task that generates"),
+        ({"include_path": "no such folder"}, "include_path: expected a folder of task files"),
+        ({"chat": True}, "chat: expected a model with a chat template"),
+    ],
+)
+def test_options_without_effect_are_refused(base: Llama, options: dict, message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        evaluate(WorkbenchLM(base, progress=False), ["workbench_facts_ja"], limit=1, **options)
+
+
+def test_a_date_that_is_none_is_refused(base: Llama) -> None:
+    with pytest.raises(ConfigError, match="date: expected YYYY-MM-DD, got 'foo'"):
+        WorkbenchLM(base, date="foo")
+
+
 def test_data_that_cannot_be_had_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     line = one_line(["eval", "nano-dense-base", "--tasks", "mgsm_direct_ja"], capsys)
     assert "mgsm_direct_ja: expected its data" in line

@@ -138,6 +138,42 @@ def test_the_command_keeps_what_is_there(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads((out / "quality_ja.jsonl").read_text("utf-8"))["ID"] == "q-1"
 
 
+def test_answers_that_came_from_something_else_are_not_kept(
+    thinking: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quality, safety, out = source(tmp_path, "quality_ja"), source(tmp_path, "safety_ja"), tmp_path / "out"
+    asking = Asking(effort="low", date="2026-01-01", max_tokens=4)
+    export(thinking, {"quality_ja": quality}, out, asking, limit=1)
+    before = (out / "quality_ja.jsonl").read_bytes()
+    gone = (KnockOut(experts=(3,), mode="drop"),)
+    for change, differs in (
+        ({"name": "other"}, "name"),
+        ({"interventions": gone}, "changes"),
+        ({"asking": Asking(effort="high", date="2026-01-01", max_tokens=4)}, "asked.effort"),
+        ({"limit": 2}, "limit"),
+    ):
+        options = {"asking": asking, "limit": 1, **change}
+        with pytest.raises(RunError, match=f"expected {differs}"):
+            export(thinking, {"quality_ja": quality}, out, **options)
+    with pytest.raises(RunError, match=r"expected quality_ja\.changes"):  # they would share one name
+        export(thinking, {"safety_ja": safety}, out, asking, limit=1, interventions=gone)
+    assert (out / "quality_ja.jsonl").read_bytes() == before
+    export(thinking, {"quality_ja": quality, "safety_ja": safety}, out, asking, limit=1)
+    assert (out / "quality_ja.jsonl").read_bytes() == before
+    (out / "export.json").unlink()
+    with pytest.raises(RunError, match=r"expected answers to quality_ja that export\.json tells of"):
+        export(thinking, {"quality_ja": quality}, out, asking, limit=1)
+    export(thinking, {"quality_ja": quality}, out, asking, limit=1, interventions=gone, overwrite=True)
+
+
+def test_a_base_model_and_no_items_are_refused(base: Llama, thinking: Llama, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="expected one with a chat template"):
+        export(base, {"quality_ja": source(tmp_path, "quality_ja")}, tmp_path / "out")
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(RunError, match="expected items of mt_bench_ja, got none"):
+        export(thinking, {"mt_bench_ja": tmp_path / "empty"}, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("benchmark", "text", "message"),
     [

@@ -91,6 +91,9 @@ def test_the_largest_draw_takes_a_token_that_can_be_taken(monkeypatch: pytest.Mo
         ({"top_k": -1}, "top_k: expected a whole number from 0, got -1"),
         ({"top_k": 2.0}, "top_k: expected"),
         ({"repetition_penalty": 0}, "repetition_penalty: expected a positive number"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty: expected a positive number from 0.01 to 100"),
+        ({"logit_bias": ((50, 1e39),)}, "logit_bias: expected ids with numbers within ±100"),
+        ({"frequency_penalty": 101}, "frequency_penalty: expected a number within ±100"),
         ({"repetition_penalty": "much"}, "repetition_penalty: expected a positive number"),
     ],
 )

@@ -21,6 +21,7 @@ MESSAGES = [{"role": "user", "content": "2足す3はいくつですか。"}]
 IDS = list(range(40, 60))
 GONE = KnockOut(experts=(0, 3), mode="reroute", where=Where(layers=(1,)))
 
+FAR = {"kind": "knock_out", "experts": [0], "mode": "drop", "where": {"positions": [10**30]}}
 IN_JAPANESE = KnockOut(experts=(1,), mode="drop", where=Where(langs=("ja",)))
 
 
@@ -61,6 +62,45 @@ def test_a_completion_is_what_generate_writes(server: Running) -> None:
     want = generated(model, IDS, 12)
     assert answer["choices"][0]["text"] == model.tokenizer.to_string(want, text_start=False)
     assert answer["usage"] == {"prompt_tokens": 20, "completion_tokens": len(want), "total_tokens": 20 + len(want)}
+
+
+def test_too_many_prompts_are_refused_before_they_are_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a text was tokenised")
+
+    monkeypatch.setattr(server.service.tokenizer, "to_tokens", never)
+    answer = server.post(TEXT, {"prompt": ["a"] * 100, "n": 2})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "n"
+
+
+def test_an_echo_and_what_follows_share_a_character(server: Running) -> None:
+    """A prompt of token ids may end within one; the answer completes it."""
+    tokenizer = server.service.model.tokenizer
+    *begun, last = tokenizer.to_tokens("a𠮷", bos=False)
+    assert tokenizer.is_byte(last), "the character is one token, and the test would look away"
+    body = {"prompt": begun, "max_tokens": 1, "temperature": 0, "logit_bias": {str(last): 100.0}}
+    assert server.post(TEXT, {**body, "echo": True}).json()["choices"][0]["text"].endswith("a𠮷")
+    pieces = events(server.post(TEXT, {**body, "echo": True, "stream": True}))
+    assert "".join(piece["choices"][0]["text"] for piece in pieces).endswith("a𠮷")
+    cut = server.post(TEXT, {**body, "echo": True, "max_tokens": 0}).json()["choices"][0]["text"]
+    assert cut == tokenizer.to_string(begun)
+
+
+def test_the_token_that_ends_an_answer_is_not_its_text(server: Running) -> None:
+    body = {"prompt": IDS, "max_tokens": 5, "temperature": 0, "logit_bias": {"2": 100.0}}
+    answer = server.post(TEXT, body).json()
+    assert answer["choices"][0]["text"] == ""
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 1
+
+
+def test_a_text_begins_with_one_start_of_text(server: Running) -> None:
+    body = {"max_tokens": 0, "echo": True, "logprobs": 0}
+    own = server.post(TEXT, {**body, "prompt": "<|startoftext|>abc"}).json()["choices"][0]
+    added = server.post(TEXT, {**body, "prompt": "abc"}).json()["choices"][0]
+    assert own["logprobs"]["token_logprobs"] == added["logprobs"]["token_logprobs"]
+    assert (own["text"], added["text"]) == ("<|startoftext|>abc", "abc")
 
 
 def test_seeds_draw_what_generate_draws_and_each_choice_has_its_own(server: Running) -> None:
@@ -220,6 +260,10 @@ REFUSED = [
     (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format.type"),
     (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"messages": MESSAGES, "logit_bias": {"cat": 1.0}}, "logit_bias"),
+    (CHAT, {"messages": MESSAGES, "logit_bias": {"1" * 5000: 1.0}}, "logit_bias"),
+    (CHAT, {"messages": MESSAGES, "logit_bias": {"050": 1.0}}, "logit_bias"),
+    (CHAT, {"messages": MESSAGES, "logit_bias": {"50": 1e39}}, "logit_bias"),
+    (CHAT, {"messages": MESSAGES, "repetition_penalty": 1e-300}, "repetition_penalty"),
     (CHAT, {"messages": MESSAGES, "date": "2026-13-40"}, "date"),
     (CHAT, {"messages": MESSAGES, "min_p": 0.1}, "min_p"),
     (CHAT, {"messages": MESSAGES, "stream_options": {"include_usage": True}}, "stream_options"),
@@ -235,6 +279,8 @@ REFUSED = [
     (TEXT, {"prompt": IDS, "intervention": {"format": 1, "interventions": [{"kind": "magic"}]}}, "intervention"),
     (TEXT, {"prompt": IDS, "intervention": to_json([KnockOut(experts=(99,), mode="drop")])}, "intervention"),
     (TEXT, {"prompt": IDS, "intervention": to_json([IN_JAPANESE])}, "lang"),
+    (TEXT, {"prompt": IDS, "intervention": {"format": 1, "interventions": [FAR]}}, "intervention"),
+    (TEXT, {"prompt": [[20]] * 129}, "n"),
 ]  # fmt: skip
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from workbench.models import Llama
 from workbench.models.blocks import check_block, decode_block
 from workbench.models.sampling import Sampling
 from workbench.serve import Ask, Choice, Engine, Limits, Scheduler
+from workbench.serve.choice import Ended, Written
 
 LIMITS = Limits(rows=4, running=6, queue=64, prefill_chunk=16, cache_positions=2048)
 FREE = 1 << 30
@@ -38,6 +41,42 @@ def test_a_mix_of_requests_answers_each_as_if_alone(served: Llama, seed: int) ->
         assert len(got.routes) == len(want.routes), ask
         for mine, theirs in zip(got.routes, want.routes, strict=True):
             assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True)), ask
+
+
+def test_who_waits_is_admitted_when_the_last_that_ran_has_ended(tiny_llama: Llama) -> None:
+    """Nobody wakes the scheduler meanwhile: no new request, no reader, no stop."""
+    ended = threading.Semaphore(0)
+    scheduler = Scheduler(Engine(tiny_llama, replace(LIMITS, running=1), FREE))
+    scheduler.start()
+    scheduler.submit([Choice(Ask(tuple(range(30, 40)), 4), tell_end(ended)) for _ in range(3)])
+    try:
+        assert all(ended.acquire(timeout=20) for _ in range(3))
+    finally:
+        scheduler.stop(0)
+
+
+def test_who_waits_too_long_is_told_so_while_another_keeps_its_place(tiny_llama: Llama) -> None:
+    heard: list[Ended] = []
+    ended = threading.Semaphore(0)
+
+    def tell(event: Written | Ended) -> None:
+        if isinstance(event, Ended):
+            heard.append(event)
+            ended.release()
+
+    scheduler = Scheduler(Engine(tiny_llama, replace(LIMITS, running=1), FREE))
+    scheduler.start()
+    scheduler.submit([Choice(Ask(tuple(range(30, 40)), 40), lambda event: None, held_up=lambda: True)])
+    scheduler.submit([Choice(Ask(tuple(range(30, 40)), 4), tell, seconds=0.3)])
+    try:
+        assert ended.acquire(timeout=20)
+        assert heard[0].reason == "timeout"
+    finally:
+        scheduler.stop(0)
+
+
+def tell_end(ended: threading.Semaphore) -> Callable[[Written | Ended], None]:
+    return lambda event: ended.release() if isinstance(event, Ended) else None
 
 
 def test_how_a_neighbour_is_intervened_on_moves_no_bit(tiny_moe: Llama) -> None:

@@ -15,6 +15,7 @@ from workbench.errors import ConfigError
 from workbench.models import Llama
 from workbench.serve import Limits
 from workbench.serve.choice import Written
+from workbench.serve.command import api_key, check_date
 from workbench.serve.engine import CachePool, Engine
 from workbench.serve.limits import cache_positions
 from workbench.serve.mailbox import Mailbox
@@ -34,9 +35,35 @@ def test_other_addresses_need_a_key() -> None:
         with pytest.raises(ConfigError, match="without an API key"):
             check_address(host, 8000, None)
         check_address(host, 8000, KEY)
-    for key in ("", "short", "x" * 15 + " "):
+    for key in ("", "short", "x" * 15 + " ", "\t" * 16, KEY + "\n"):
         with pytest.raises(ConfigError, match="api key"):
             check_address("127.0.0.1", 8000, key)
+
+
+def test_a_key_of_the_environment_may_end_in_a_line_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_API_KEY", KEY + "\n")
+    assert api_key(None, None) == KEY
+    monkeypatch.setenv("WORKBENCH_API_KEY", " ")
+    assert api_key(None, None) is None
+
+
+def test_ports_and_dates_are_checked_before_a_model_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="port: expected a number from 0 to 65535, got 99999"):
+        check_address("127.0.0.1", 99_999, None)
+    with pytest.raises(ConfigError, match="host: expected an address"):
+        check_address("no such host", 8000, KEY)
+    with pytest.raises(ConfigError, match="date: expected YYYY-MM-DD, got 'yesterday'"):
+        check_date("yesterday")
+
+
+def test_a_body_that_does_not_come_is_given_up(tiny_moe: Llama) -> None:
+    with running(tiny_moe, replace(LIMITS, stall_seconds=0.3)) as server:
+        address = httpx.URL(server.url)
+        with socket.create_connection((address.host, address.port), timeout=20) as client:
+            head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
+            client.sendall(head.encode() + b"{")
+            assert client.recv(4096).startswith(b"HTTP/1.1 408")
+        assert server.post(TEXT, {"prompt": IDS, "max_tokens": 1}).status_code == 200
 
 
 def test_limits_are_checked() -> None:
