@@ -135,12 +135,12 @@ def generate(
     check_tokens(tokens, model.cfg)
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
     _check(model, tokens, mask, max_new_tokens, cache, prefill_chunk)
-    sampler = Sampler(Sampling(temperature, top_p, top_k, repetition_penalty, seed), tokens.shape[0])
-    rows = Rows(model, tokens, mask, stop_ids, stop_strings, max_thinking_tokens, pad_id, on_text)
     if record_to is not None and not record:
         raise ShapeError("record_to: expected something to record beside it, got none. Name it in record.")
     if on_text is not None and not callable(on_text):
         raise ShapeError(f"on_text: expected a function of (row, text), got {on_text!r}.")
+    sampler = Sampler(Sampling(temperature, top_p, top_k, repetition_penalty, seed), tokens.shape[0])
+    rows = Rows(model, tokens, mask, stop_ids, stop_strings, max_thinking_tokens, pad_id, on_text)
     recorder = Recorder(model, record, record_to) if record else None
     chunk, growing = prefill_chunk or tokens.shape[1], cache == "growing"
     check_room(model, mask, max_new_tokens, chunk, growing, recorder)
