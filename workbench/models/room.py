@@ -70,10 +70,10 @@ class Memory:
 def check_room(model: Llama, mask: Tensor, n_new: int, chunk: int, growing: bool, recorder: Recorder | None) -> None:
     """Raises ConfigError with the numbers when a generation would hold more than is free, before it begins.
 
-    `mask` [batch pos] is the prompt's. Of a cache that grows, and of records, only the prompt's part counts, since a row
-    may end at any time; a static cache counts whole. The work of a pass is an estimate, up to a quarter off: a run that
-    would have just fitted may be refused. Devices other than the CPU and CUDA do not say what is free, and are not
-    looked at; limits of a container that the machine does not tell are not seen.
+    `mask` [batch pos] is the prompt's. Of a cache that grows, and of records, only the prompt's part counts, since a
+    row may end at any time; a static cache counts whole. The work of a pass is an estimate, about a quarter off at
+    worst where it was measured: a run that would have just fitted may be refused. Devices other than the CPU and CUDA
+    do not say what is free, and are not looked at; limits of a container that the machine does not tell are not seen.
     """
     if model.device.type not in ("cpu", "cuda"):
         return
