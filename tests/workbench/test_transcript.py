@@ -206,7 +206,7 @@ def test_where_nothing_can_be_written_is_one_error(moe: Qwen3Moe, tokens: Tensor
 def test_logits_without_a_number_are_an_error_and_no_token(nano: Llama) -> None:
     wild = [ScaleActivation(factor=1e38, point="ln_final.hook_normalized", where=Where(phase="decode"))]
     for temperature in (0.0, 1.0):
-        with pytest.raises(InterventionError, match="expected finite logits"):
+        with pytest.raises(InterventionError, match="logits: expected finite numbers"):
             nano.generate(torch.tensor([[1, 500, 600]]), max_new_tokens=5, interventions=wild, temperature=temperature)
 
 

@@ -111,7 +111,8 @@ def check_finite(logits: Tensor) -> None:
     """Raises InterventionError for NaN and infinity, from which no token can be chosen and no probability told."""
     if not bool(torch.isfinite(logits).all()):
         raise InterventionError(
-            "intervention: expected finite logits under it, got others. Use smaller vectors and factors."
+            "logits: expected finite numbers, got NaN or infinity. Use smaller vectors and factors in interventions, "
+            "or a wider dtype."
         )
 
 
