@@ -108,12 +108,25 @@ def test_a_generation_that_cannot_fit_does_not_begin(llama: Llama, monkeypatch: 
 
 
 def test_records_count_where_they_lie_in_memory(llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = predict(llama.cfg, 4, dtype=torch.float32).resident - predict(llama.cfg, 4, dtype=torch.float32).weights
+    needed = predict(llama.cfg, 4, dtype=torch.float32)
     points = {"record": ["resid_post", "resid_mid", "resid_pre", "attn_out", "mlp_out", "normalized", "hook_z"]}
-    assert record_bytes(llama.cfg, points["record"], torch.float32) * 4 > free, "the test would look away"
+    records = 4 * record_bytes(llama.cfg, points["record"], torch.float32)
+    free = needed.cache + needed.work + records  # a pass holds what it shows until it is written
+    assert records > needed.work, "the mask that this prompt lacks would hide them"
     (refused,) = generate_with(free, llama, monkeypatch, max_new_tokens=2, **points)
     assert ", records 0.000 GiB)" in refused
     assert "hook_embed" in generate_with(free, llama, monkeypatch, max_new_tokens=2, record_to=tmp_path, **points)
+
+
+def test_eager_attention_holds_its_scores(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, scores = torch.full((1, 48), 5), 3 * llama.cfg.n_heads * 48 * 48 * 4
+    free = predict(llama.cfg, 48, dtype=torch.float32).resident - predict(llama.cfg, 48, dtype=torch.float32).weights
+    monkeypatch.setattr("workbench.models.room.available_memory", lambda device="cpu": free)
+    assert scores > 48 * 48 * 8, "the mask that this prompt lacks would hide them"
+    llama.generate(prompt, max_new_tokens=1)
+    looking = llama.hooks([("blocks.0.attn.hook_pattern", lambda x, hook: None)])
+    with looking, pytest.raises(ConfigError, match="memory for generate"):
+        llama.generate(prompt, max_new_tokens=1)
 
 
 def test_requests_without_sense_are_named(llama: Llama) -> None:

@@ -210,6 +210,21 @@ def test_logits_without_a_number_are_an_error_and_no_token(nano: Llama) -> None:
             nano.generate(torch.tensor([[1, 500, 600]]), max_new_tokens=5, interventions=wild, temperature=temperature)
 
 
+def test_a_hook_may_ban_tokens(nano: Llama) -> None:
+    def ban(module: torch.nn.Module, inputs: object, logits: Tensor) -> Tensor:
+        return logits.masked_fill(torch.arange(logits.shape[-1]) < 2000, -torch.inf)
+
+    handle = nano.unembed.register_forward_hook(ban)
+    try:
+        for temperature in (0.0, 1.0):
+            out = nano.generate(
+                torch.tensor([[1, 500, 600]]), max_new_tokens=4, stop_ids=(), temperature=temperature, seed=0
+            )
+            assert int(out.tokens[0, 3:].min()) >= 2000
+    finally:
+        handle.remove()
+
+
 def test_the_experts_lie_ready_while_it_writes_and_not_after(nano: Llama) -> None:
     kept: list[int] = []
     with nano.hooks([("hook_embed", lambda x, hook: kept.append(len(experts._KEPT)))]):

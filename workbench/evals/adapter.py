@@ -34,7 +34,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 def _as_date(date: str) -> str:
     try:
         return str(datetime.date.fromisoformat(date))
-    except ValueError:
+    except (ValueError, TypeError):
         raise ConfigError(f"date: expected YYYY-MM-DD, got {date!r}.") from None
 
 

@@ -5,6 +5,7 @@ A condition's file is named by what was changed, so that a run that was stopped 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -110,7 +111,7 @@ class Ablator:
         """The manifest of what this directory holds; raises RunError when it holds something else."""
         plan, lm = self.plan, self.lm
         wanted = {
-            "format": 1,
+            "format": 2,
             **describe_model(lm.model),
             "tokenizer": lm.model.tokenizer.hash,
             "task_names": sorted(self.tasks["tasks"]),
@@ -159,14 +160,17 @@ def _right_text(task: Any, doc: dict[str, Any]) -> str:
 
 def _task_hash(task: Any, limit: int | None) -> str:
     """Over the items, how they are asked and how answers are judged; functions count by their source."""
-    asked = {name: value for name, value in task.config.to_dict().items() if name not in _ELSEWHERE}
+    config = task.config.to_dict(keep_callable=True)  # else a partial comes as text, its address in it
+    asked = {name: value for name, value in config.items() if name not in _ELSEWHERE}
     parts = [asked, *list(task.eval_docs)[:limit]]
     text = "\n".join(json.dumps(part, sort_keys=True, ensure_ascii=False, default=_plainly) for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _plainly(value: Any) -> str:
+def _plainly(value: Any) -> Any:
     """What a function does, without where it lies."""
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
     try:
         return inspect.getsource(value)
     except (TypeError, OSError):

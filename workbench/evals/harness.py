@@ -124,11 +124,14 @@ def evaluate(
         raise RunError(
             "chat: expected a model with a chat template, got one without. Ask a thinking model, or in text."
         )
+    if num_fewshot and all(_own_fewshot(task) == 0 for task in loaded["tasks"].values()):
+        names = ", ".join(loaded["tasks"])
+        raise RunError(f"num_fewshot: expected 0 for {names}, fixed there, got {num_fewshot}. Leave it out.")
     generates = [task.get_config("output_type") == "generate_until" for task in loaded["tasks"].values()]
     if gen_kwargs and not any(generates):
         raise RunError("gen_kwargs: expected a task that generates, got those that score. Leave them out.")
-    for name, task in loaded["tasks"].items():
-        _configure(name, task, num_fewshot, gen_kwargs)
+    for task in loaded["tasks"].values():
+        _configure(task, num_fewshot, gen_kwargs)
     lm.counts.update(dict.fromkeys(lm.counts, 0))
     results = lm_eval.evaluate(
         lm,
@@ -144,11 +147,16 @@ def evaluate(
     return Evaluation(item_frame(results), mean_frame(results), {**results, "config": lm.get_model_info()})
 
 
-def _configure(name: str, task: ConfigurableTask, num_fewshot: int | None, gen_kwargs: dict[str, Any] | None) -> None:
+def _own_fewshot(task: ConfigurableTask) -> int | None:
+    """What the task's file says, whatever a run has set since."""
+    if not hasattr(task, "own_fewshot"):
+        task.own_fewshot = task.get_config("num_fewshot")
+    return task.own_fewshot
+
+
+def _configure(task: ConfigurableTask, num_fewshot: int | None, gen_kwargs: dict[str, Any] | None) -> None:
     """What the harness's command sets on a task before it runs."""
-    own = task.get_config("num_fewshot")
-    if own == 0 and num_fewshot:
-        raise RunError(f"num_fewshot: expected 0 for {name}, which fixes it, got {num_fewshot}. Leave it out.")
+    own = _own_fewshot(task)
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=1234)

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import csv
 import datetime
-import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from workbench.chat import Message, render_tokens
 from workbench.errors import RunError
 from workbench.evals.answers import final_message
+from workbench.evals.judge_record import Record
 from workbench.evals.scoring import Changes, Writing, write
-from workbench.evals.targets import plain
-from workbench.experiments.identity import describe_model
 from workbench.interventions import Intervention
 from workbench.io.hub import model_name
-from workbench.io.run_files import check_same, write_text
 from workbench.models import Llama
 from workbench.models.sampling import row_seeds
 
@@ -138,69 +135,43 @@ def export(
     template, and prompts that leave no room for `max_tokens`.
     """
     asking = asking or Asking()
-    asking = replace(asking, date=asking.date or str(datetime.date.today()))
     if model.chat_template is None:
         raise RunError("model: expected one with a chat template, got one without. Use a thinking model.")
     unknown = [benchmark for benchmark in benchmarks if benchmark not in BENCHMARKS]
     if unknown or not benchmarks:
         raise RunError(f"benchmark: expected some of {', '.join(BENCHMARKS)}, got {', '.join(unknown) or 'none'}.")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = name or (model_name(model.source) if model.source else "unnamed")
-    record = _Record(folder, {"name": shown, **describe_model(model), "asked": asdict(asking), "limit": limit,
-                              "changes": plain(interventions)})  # fmt: skip
+    if limit is not None and limit < 1:
+        raise RunError(f"limit: expected at least 1, got {limit}.")
     sources = {benchmark: _rows(benchmark, Path(source))[:limit] for benchmark, source in benchmarks.items()}
-    kept = [] if overwrite else [one for one in sources if (folder / f"{one}.jsonl").exists()]
+    shown = name or (model_name(model.source) if model.source else "unnamed")
+    record = Record(Path(out), shown, model, interventions)
+    asking = replace(asking, date=asking.date or record.date or str(datetime.date.today()))
+    kept = [] if overwrite else [benchmark for benchmark in sources if record.holds(benchmark)]
+    wanted = {benchmark: rows for benchmark, rows in sources.items() if benchmark not in kept}
     for benchmark in kept:
-        record.check(benchmark, sources[benchmark])
-    record.check_others(set(sources) - set(kept))
-    for benchmark, rows in sources.items():
-        if benchmark not in kept:
-            answered = answer(model, rows, BENCHMARKS[benchmark], asking, Changes(tuple(interventions)))
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
-            write_text(folder / f"{benchmark}.jsonl", text)
-            record.add(benchmark, rows)
-    write_text(folder / "metadata.json", json.dumps({"model_name": shown}, ensure_ascii=False))
-    return [*(folder / f"{benchmark}.jsonl" for benchmark in sources), folder / "metadata.json"]
-
-
-class _Record:
-    """`export.json`: what the answers in a folder came from, by benchmark. One folder holds answers of one model."""
-
-    def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
-        self.file, self.asked = folder / "export.json", asked
-        self.found: dict[str, Any] = json.loads(self.file.read_text("utf-8")) if self.file.is_file() else {}
-
-    def check(self, benchmark: str, rows: Sequence[Row]) -> None:
-        """Raises RunError unless the answers that are there are those that are asked for."""
-        if benchmark not in self.found:
-            raise RunError(
-                f"{self.file.parent}: expected answers to {benchmark} that export.json tells of, got others. "
-                "Name another folder, or overwrite them."
-            )
-        check_same(self.file.parent, self.found[benchmark], self._of(rows))
-
-    def check_others(self, replaced: Collection[str]) -> None:
-        """Raises RunError when answers that stay came from another model or change, whose name they would bear."""
-        for benchmark, found in self.found.items():
-            if benchmark not in replaced and (self.file.parent / f"{benchmark}.jsonl").exists():
-                same = {name: self.asked[name] for name in ("name", "model", "changes")}
-                check_same(self.file.parent, found, same, f"{benchmark}.")
-
-    def add(self, benchmark: str, rows: Sequence[Row]) -> None:
-        self.found[benchmark] = self._of(rows)
-        write_text(self.file, json.dumps(self.found, ensure_ascii=False, indent=1) + "\n")
-
-    def _of(self, rows: Sequence[Row]) -> dict[str, Any]:
-        text = json.dumps(rows, ensure_ascii=False, sort_keys=True)
-        return {**self.asked, "items": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        record.check(benchmark, sources[benchmark], asking, limit)
+    record.check_others([*wanted])
+    for benchmark, rows in wanted.items():
+        _prompts(model, rows, 0, BENCHMARKS[benchmark], asking)  # too long ones show before anything is written over
+    record.begin([*wanted])
+    for benchmark, rows in wanted.items():
+        answered = answer(model, rows, BENCHMARKS[benchmark], asking, Changes(tuple(interventions)))
+        record.write(benchmark, rows, answered, asking, limit)
+    return [*(record.file(benchmark) for benchmark in sources), record.metadata]
 
 
 def _rows(benchmark: str, source: Path) -> list[Row]:
     rows = BENCHMARKS[benchmark].read(source)
     if not rows:
         raise RunError(f"{source}: expected items of {benchmark}, got none. Use the dataset that llm-jp-judge reads.")
+    _check_turns(rows)
     return rows
+
+
+def _check_turns(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if not row["prompt"] or not all(isinstance(turn, str) for turn in row["prompt"]):
+            raise RunError(f"item {row['ID']}: expected turns of text, got {row['prompt']!r}.")
 
 
 def answer(
@@ -208,9 +179,7 @@ def answer(
 ) -> list[Row]:
     """The rows with response, error_messages and pattern, in their order; all turns of all items."""
     found = [{**row, "response": [], "error_messages": [], "pattern": []} for row in rows]
-    for row in found:
-        if not row["prompt"] or not all(isinstance(turn, str) for turn in row["prompt"]):
-            raise RunError(f"item {row['ID']}: expected turns of text, got {row['prompt']!r}.")
+    _check_turns(found)
     for turn in range(max((len(row["prompt"]) for row in found), default=0)):
         groups: dict[float, list[Row]] = {}
         for row in found:
@@ -231,13 +200,7 @@ def _temperature(row: Row, benchmark: Benchmark, asking: Asking) -> float:
 def _answer_turn(
     model: Llama, rows: Sequence[Row], turn: int, benchmark: Benchmark, asking: Asking, changes: Changes | None
 ) -> None:
-    prompts = [_prompt(model, row, turn, benchmark, asking) for row in rows]
-    for row, prompt in zip(rows, prompts, strict=True):
-        if len(prompt) + asking.max_tokens > model.cfg.n_ctx:
-            raise RunError(
-                f"item {row['ID']}: expected at most {model.cfg.n_ctx} tokens, got {len(prompt)} in turn {turn + 1} "
-                f"and {asking.max_tokens} to write. Lower --max-tokens."
-            )
+    prompts = _prompts(model, rows, turn, benchmark, asking)
     chosen = benchmark.sampling
     seed = asking.seed if asking.seed is not None else chosen.seed
     how = Writing(
@@ -253,6 +216,18 @@ def _answer_turn(
         row["response"].append(response)
         row["error_messages"].append([problem] if problem else [])
         row["pattern"].append(None)
+
+
+def _prompts(model: Llama, rows: Sequence[Row], turn: int, benchmark: Benchmark, asking: Asking) -> list[list[int]]:
+    """What the model reads in this turn of each row. Raises RunError where that leaves no room for an answer."""
+    prompts = [_prompt(model, row, turn, benchmark, asking) for row in rows]
+    for row, prompt in zip(rows, prompts, strict=True):
+        if len(prompt) + asking.max_tokens > model.cfg.n_ctx:
+            raise RunError(
+                f"item {row['ID']}: expected at most {model.cfg.n_ctx} tokens, got {len(prompt)} in turn {turn + 1} "
+                f"and {asking.max_tokens} to write. Lower --max-tokens."
+            )
+    return prompts
 
 
 def _prompt(model: Llama, row: Row, turn: int, benchmark: Benchmark, asking: Asking) -> list[int]:

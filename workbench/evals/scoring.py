@@ -95,7 +95,7 @@ def _predict(model: Llama, firsts: Sequence[Pair], changes: Changes) -> Iterator
 
 def _log_probs(model: Llama, normalized: Tensor) -> Tensor:  # [token d_model] -> float32 [token d_vocab] on the CPU
     logits = model.unembed(normalized).float()
-    check_finite(logits)
+    check_finite(logits, some_banned=True)
     return logits.log_softmax(-1).cpu()
 
 

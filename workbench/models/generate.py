@@ -161,7 +161,7 @@ def generate(
         passes.prefill(tokens, attention_mask, chunk)
         for step in range(max_new_tokens):
             logits = passes.logits()  # [batch d_vocab]
-            check_finite(logits)
+            check_finite(logits, some_banned=True)
             chosen = rows.take(sampler.choose(logits))  # [batch]
             ended = not rows.running_any or step + 1 == max_new_tokens
             if ended and recorder is None:

@@ -80,11 +80,12 @@ def check_room(model: Llama, mask: Tensor, n_new: int, chunk: int, growing: bool
     batch, n_prompt = mask.shape
     size, on_disk = model.dtype.itemsize, recorder is None or recorder.on_disk
     per_position = 0 if recorder is None else recorder_bytes(model.cfg, recorder, model.dtype)
-    context = n_prompt if growing else n_prompt + n_new
+    held = 0 if recorder is None else _held_bytes(model.cfg, recorder, model.dtype)
+    context, columns = n_prompt if growing else n_prompt + n_new, min(chunk, n_prompt)
     masked = chunk < n_prompt or not bool(mask.all())
     needed = Memory(
         weights=0, cache=cache_bytes(model.cfg, batch, context, size), records=batch * n_prompt * per_position,
-        work=work_bytes(model.cfg, batch, n_prompt, min(chunk, n_prompt), size, masked),
+        work=work_bytes(model.cfg, batch, n_prompt, columns, size, masked, _is_eager(model)) + held * batch * columns,
         context=context, batch=batch, chunk=chunk, records_on_disk=on_disk,
     )  # fmt: skip
     if model.device.type == "cpu":
@@ -106,6 +107,17 @@ def recorder_bytes(cfg: ModelConfig, recorder: Recorder, dtype: torch.dtype) -> 
     return routing + sum(_point_bytes(cfg, point.shape, point.dtype, dtype) for point in recorder.points)
 
 
+def _held_bytes(cfg: ModelConfig, recorder: Recorder, dtype: torch.dtype) -> int:
+    """Bytes per position of what a recorder holds of a pass until it is compacted: router logits, ids and weights."""
+    routing = len(recorder.layers) * (getattr(cfg, "n_experts", 0) * 4 + getattr(cfg, "k", 0) * (8 + 4))
+    return routing + sum(_point_bytes(cfg, point.shape, point.dtype, dtype) for point in recorder.points)
+
+
+def _is_eager(model: Llama) -> bool:
+    scores = (point for name, point in model.hook_dict.items() if name.endswith(("hook_attn_scores", "hook_pattern")))
+    return model.attn_impl == "eager" or any(point.listened for point in scores)
+
+
 def available_memory(device: str = "cpu") -> int:
     """Bytes free now: on a GPU what its driver reports, else the machine's available memory."""
     if device != "cpu":
@@ -118,10 +130,14 @@ def available_memory(device: str = "cpu") -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def work_bytes(cfg: ModelConfig, batch: int, context: int, chunk: int, size: int, masked: bool = True) -> int:
+def work_bytes(
+    cfg: ModelConfig, batch: int, context: int, chunk: int, size: int, masked: bool = True, eager: bool = False
+) -> int:
     """An estimate: residual stream and its copies, attention, `masked` or not, one MLP, logits of the last column."""
     columns = batch * chunk
     attention = 2 * batch * context * cfg.n_heads * cfg.d_head * size  # keys and values, repeated for every head
+    if eager:
+        attention += 3 * batch * cfg.n_heads * chunk * context * 4  # scores, masked, and the pattern in float32
     if masked:
         attention += batch * chunk * context * (4 + size)  # the mask: bools while it is made, then added to scores
     slots = columns * getattr(cfg, "k", 1)

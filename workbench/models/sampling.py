@@ -107,9 +107,12 @@ class Sampler:
         return _inverse(probabilities(logits, self.sampling), draws)
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raises InterventionError for NaN and infinity, from which no token can be chosen and no probability told."""
-    if not bool(torch.isfinite(logits).all()):
+def check_finite(logits: Tensor, some_banned: bool = False) -> None:  # [... d_vocab]
+    """Raises InterventionError for NaN and infinity, from which no token can be chosen and no probability told.
+
+    With `some_banned` a token may have -inf, which is never chosen, as long as another has not.
+    """
+    if not bool(torch.isfinite(logits.amax(-1) if some_banned else logits).all()):  # the largest of a NaN is NaN
         raise InterventionError(
             "logits: expected finite numbers, got NaN or infinity. Use smaller vectors and factors in interventions, "
             "or a wider dtype."
@@ -166,7 +169,12 @@ def _checked(seed: object) -> int:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
 
 
 def _check_number(name: str, value: object, fits: bool, expected: str) -> None:

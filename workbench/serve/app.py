@@ -112,7 +112,10 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     scheduler = service.scheduler
 
     def health() -> dict[str, Any]:
-        status = "stopping" if scheduler.is_stopping else "ok" if scheduler.is_alive else "failed"
+        if scheduler.has_failed or not (scheduler.is_alive or scheduler.is_stopping):
+            status = "failed"
+        else:
+            status = "stopping" if scheduler.is_stopping else "ok"
         return {"status": status, "running": scheduler.n_running, "waiting": scheduler.n_waiting}
 
     @app.get("/health", responses=describe(Health, also={503: Health}))

@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
                 host=host,
                 port=port,
                 log_level="warning",
-                limit_concurrency=service.limits.connections,
+                limit_concurrency=service.limits.connections + 1,  # it counts the one that asks
                 lifespan="on",
                 server_header=False,
                 timeout_graceful_shutdown=max(1, int(service.limits.drain_seconds)),

@@ -48,7 +48,7 @@ class Scheduler:
         self._waiting: deque[Choice] = deque()
         self._running: list[Choice] = []  # of the thread alone
         self._news = 0  # counts what may have changed since the thread last looked
-        self._stopping = self._abandon = False
+        self._stopping = self._abandon = self.has_failed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     @property
@@ -115,6 +115,17 @@ class Scheduler:
         self._changed.notify()
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:  # nobody may wait for a thread that is gone
+            log.exception("the scheduler failed")
+            self.has_failed = True
+            self.refuse()
+            for choice in [*self._running, *self._waiting]:
+                choice.end("error", error)
+            self._running, self._waiting = [], deque()
+
+    def _loop(self) -> None:
         news = 0
         while True:
             with self._changed:
@@ -159,10 +170,18 @@ class Scheduler:
             with self._changed:
                 if not self._waiting:
                     return
-                cache = self.engine.pool.take(self._waiting[0].ask.n_positions)
-                if cache is None:  # none is passed over: a long one would wait for ever
+                choice, error = self._waiting[0], None
+                try:
+                    cache = self.engine.pool.take(choice.ask.n_positions)
+                except Exception as problem:  # the device's memory may be another's by now
+                    log.exception("no cache for %d positions", choice.ask.n_positions)
+                    cache, error = None, problem
+                if cache is None and error is None:  # none is passed over: a long one would wait for ever
                     return
-                choice = self._waiting.popleft()
+                self._waiting.popleft()
+            if cache is None:
+                self._end(choice, "error", error)
+                continue
             choice.cache, choice.state = cache, State.PREFILL
             self._running.append(choice)
 

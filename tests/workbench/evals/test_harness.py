@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from tests.checkpoints import run_python
 from workbench.cli import _parser, main
 from workbench.errors import ConfigError, RunError
+from workbench.evals import conditions
 from workbench.evals.adapter import WorkbenchLM
 from workbench.evals.harness import TASKS, evaluate, item_frame, load_tasks
 from workbench.models import Llama
@@ -101,6 +103,25 @@ def test_a_task_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[st
 def test_options_without_effect_are_refused(base: Llama, options: dict, message: str) -> None:
     with pytest.raises(RunError, match=message):
         evaluate(WorkbenchLM(base, progress=False), ["workbench_facts_ja"], limit=1, **options)
+
+
+def test_tasks_may_be_run_again_with_examples(base: Llama) -> None:
+    tasks = load_tasks(["workbench_facts_ja"])
+    for task in tasks["tasks"].values():
+        task.set_config(key="num_fewshot", value=None)
+    evaluate(WorkbenchLM(base, progress=False), tasks, limit=1)
+    evaluate(WorkbenchLM(base, progress=False), tasks, limit=1, num_fewshot=0)
+    (task,) = tasks["tasks"].values()
+    assert task.get_config("num_fewshot") == 0
+    assert task.own_fewshot is None  # so that a later run may ask for some
+
+
+def test_functions_of_a_task_count_by_what_they_do_not_where_they_lie() -> None:
+    first, second = (partial(json.dumps, indent=indent) for indent in (1, 1))
+    shown = [json.dumps(one, default=conditions._plainly) for one in (first, second, partial(json.dumps, indent=2))]
+    assert shown[0] == shown[1] != shown[2]
+    assert " at 0x" not in shown[0]
+    assert "def dumps" in shown[0]
 
 
 def test_a_date_that_is_none_is_refused(base: Llama) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from workbench.cli import main
 from workbench.errors import RunError
+from workbench.evals import judge
 from workbench.evals.judge import BENCHMARKS, Asking, answer, export
 from workbench.evals.scoring import Changes
 from workbench.interventions import KnockOut
@@ -142,7 +143,7 @@ def test_answers_that_came_from_something_else_are_not_kept(
     thinking: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quality, safety, out = source(tmp_path, "quality_ja"), source(tmp_path, "safety_ja"), tmp_path / "out"
-    asking = Asking(effort="low", date="2026-01-01", max_tokens=4)
+    asking = QUICKEST
     export(thinking, {"quality_ja": quality}, out, asking, limit=1)
     before = (out / "quality_ja.jsonl").read_bytes()
     gone = (KnockOut(experts=(3,), mode="drop"),)
@@ -163,7 +164,74 @@ def test_answers_that_came_from_something_else_are_not_kept(
     (out / "export.json").unlink()
     with pytest.raises(RunError, match=r"expected answers to quality_ja that export\.json tells of"):
         export(thinking, {"quality_ja": quality}, out, asking, limit=1)
-    export(thinking, {"quality_ja": quality}, out, asking, limit=1, interventions=gone, overwrite=True)
+    both = {"quality_ja": quality, "safety_ja": safety}
+    export(thinking, both, out, asking, limit=1, interventions=gone, overwrite=True)
+
+
+QUICKEST = Asking(effort="low", date="2026-01-01", max_tokens=4)
+GONE = (KnockOut(experts=(3,), mode="drop"),)
+
+
+def test_a_run_that_breaks_off_leaves_no_answer_under_a_wrong_name(
+    thinking: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {name: source(tmp_path, name) for name in ("quality_ja", "safety_ja")}
+    export(thinking, both, tmp_path / "out", QUICKEST, name="X", limit=1)
+    whole = judge.answer
+
+    def broken(model: Llama, rows: list, benchmark: object, *rest: object) -> list:
+        if benchmark is BENCHMARKS["safety_ja"]:
+            raise KeyboardInterrupt
+        return whole(model, rows, benchmark, *rest)
+
+    monkeypatch.setattr(judge, "answer", broken)
+    options = {"name": "Y", "limit": 1, "interventions": GONE}
+    with pytest.raises(KeyboardInterrupt):
+        export(thinking, both, tmp_path / "out", QUICKEST, overwrite=True, **options)
+    assert json.loads((tmp_path / "out" / "metadata.json").read_text("utf-8")) == {"model_name": "Y"}
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.jsonl")) == ["quality_ja.jsonl"]
+    monkeypatch.setattr(judge, "answer", whole)
+    done = (tmp_path / "out" / "quality_ja.jsonl").stat().st_mtime_ns
+    export(thinking, both, tmp_path / "out", QUICKEST, **options)
+    assert (tmp_path / "out" / "quality_ja.jsonl").stat().st_mtime_ns == done, "what was done is kept"
+
+
+def test_too_long_items_are_refused_before_anything_is_replaced(thinking: Llama, tmp_path: Path) -> None:
+    file = source(tmp_path, "quality_ja")
+    export(thinking, {"quality_ja": file}, tmp_path / "out", QUICKEST, limit=1)
+    before = (tmp_path / "out" / "quality_ja.jsonl").read_bytes()
+    with pytest.raises(RunError, match="Lower --max-tokens"):
+        export(thinking, {"quality_ja": file}, tmp_path / "out", Asking(max_tokens=510), overwrite=True)
+    assert (tmp_path / "out" / "quality_ja.jsonl").read_bytes() == before
+
+
+def test_answers_of_unknown_origin_or_under_another_block_get_no_company(thinking: Llama, tmp_path: Path) -> None:
+    quality, safety = source(tmp_path, "quality_ja"), source(tmp_path, "safety_ja")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "quality_ja.jsonl").write_text("{}\n")
+    with pytest.raises(RunError, match="expected answers to quality_ja"):
+        export(thinking, {"safety_ja": safety}, tmp_path / "out", QUICKEST, limit=1)
+    export(thinking, {"quality_ja": quality}, tmp_path / "b", QUICKEST, limit=1)
+    with thinking.intervene(GONE), pytest.raises(RunError, match=r"quality_ja\.attached"):
+        export(thinking, {"safety_ja": safety}, tmp_path / "b", QUICKEST, limit=1)
+    (tmp_path / "b" / "export.json").write_text("{")
+    with pytest.raises(RunError, match="expected what an export wrote"):
+        export(thinking, {"safety_ja": safety}, tmp_path / "b", QUICKEST, limit=1)
+    with pytest.raises(RunError, match="limit: expected at least 1"):
+        export(thinking, {"safety_ja": safety}, tmp_path / "c", QUICKEST, limit=0)
+
+
+def test_the_same_command_continues_the_next_day_and_in_smaller_batches(
+    thinking: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = source(tmp_path, "quality_ja")
+    export(thinking, {"quality_ja": file}, tmp_path / "out", QUICKEST, limit=1)
+    before = (tmp_path / "out" / "quality_ja.jsonl").read_bytes()
+    later = Asking(effort="low", date=None, max_tokens=4, batch_size=1)
+    export(thinking, {"quality_ja": file, "safety_ja": source(tmp_path, "safety_ja")}, tmp_path / "out", later, limit=1)
+    assert (tmp_path / "out" / "quality_ja.jsonl").read_bytes() == before
+    dates = {held["asked"]["date"] for held in json.loads((tmp_path / "out" / "export.json").read_text()).values()}
+    assert dates == {"2026-01-01"}
 
 
 def test_a_base_model_and_no_items_are_refused(base: Llama, thinking: Llama, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_the_largest_draw_takes_a_token_that_can_be_taken(monkeypatch: pytest.Mo
         ({"repetition_penalty": 0}, "repetition_penalty: expected a positive number"),
         ({"repetition_penalty": 1e-40}, "repetition_penalty: expected a positive number from 0.01 to 100"),
         ({"logit_bias": ((50, 1e39),)}, "logit_bias: expected ids with numbers within ±100"),
+        ({"temperature": 10**400}, "temperature: expected 0 or a positive number"),
         ({"frequency_penalty": 101}, "frequency_penalty: expected a number within ±100"),
         ({"repetition_penalty": "much"}, "repetition_penalty: expected a positive number"),
     ],

@@ -17,6 +17,7 @@ from workbench.models.blocks import check_block, decode_block
 from workbench.models.sampling import Sampling
 from workbench.serve import Ask, Choice, Engine, Limits, Scheduler
 from workbench.serve.choice import Ended, Written
+from workbench.serve.scheduler import Stopping
 
 LIMITS = Limits(rows=4, running=6, queue=64, prefill_chunk=16, cache_positions=2048)
 FREE = 1 << 30
@@ -73,6 +74,43 @@ def test_who_waits_too_long_is_told_so_while_another_keeps_its_place(tiny_llama:
         assert heard[0].reason == "timeout"
     finally:
         scheduler.stop(0)
+
+
+def test_a_cache_that_cannot_be_had_ends_its_choice_alone(tiny_llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_llama, LIMITS, FREE)
+    take, refused = engine.pool.take, [True]
+
+    def once_empty(n_positions: int) -> object:
+        if refused.pop() if refused else False:
+            raise MemoryError("another has it")
+        return take(n_positions)
+
+    monkeypatch.setattr(engine.pool, "take", once_empty)
+    first, second = follow(Scheduler(engine), [Ask(tuple(range(30, 40)), 4) for _ in range(2)])
+    assert (first.reason, type(first.error)) == ("error", MemoryError)
+    assert len(second.ids) == 4
+
+
+def test_when_the_thread_fails_nobody_is_left_waiting(tiny_llama: Llama) -> None:
+    def broken(kind: str, n_rows: int, seconds: float) -> None:
+        raise RuntimeError("broken")
+
+    heard: list[Ended] = []
+    ended = threading.Semaphore(0)
+
+    def tell(event: Written | Ended) -> None:
+        if isinstance(event, Ended):
+            heard.append(event)
+            ended.release()
+
+    scheduler = Scheduler(Engine(tiny_llama, replace(LIMITS, running=1), FREE), on_step=broken)
+    scheduler.start()
+    scheduler.submit([Choice(Ask(tuple(range(30, 40)), 4), tell) for _ in range(2)])
+    assert all(ended.acquire(timeout=20) for _ in range(2))
+    assert [event.reason for event in heard] == ["error", "error"]
+    assert scheduler.has_failed
+    with pytest.raises(Stopping):
+        scheduler.submit([Choice(Ask((30, 31), 1), tell)])
 
 
 def tell_end(ended: threading.Semaphore) -> Callable[[Written | Ended], None]:
