@@ -94,7 +94,7 @@ def test_a_task_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[st
     ("options", "message"),
     [
         ({"num_fewshot": -1}, "num_fewshot: expected 0 or more"),
-        ({"num_fewshot": 3}, "num_fewshot: expected 0 for workbench_facts_ja, which fixes it"),
+        ({"num_fewshot": 3}, "num_fewshot: expected 0 for workbench_facts_ja, fixed there, got 3"),
         ({"gen_kwargs": {"temperature": 0.5}}, "gen_kwargs: expected a task that generates"),
         ({"include_path": "no such folder"}, "include_path: expected a folder of task files"),
         ({"chat": True}, "chat: expected a model with a chat template"),
