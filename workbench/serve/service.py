@@ -152,7 +152,7 @@ class Service:
         bias = []
         for key, value in (body.logit_bias or {}).items():
             token_id = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
-            if str(token_id) != key or token_id >= self.model.cfg.d_vocab:
+            if str(token_id) != key or not 0 <= token_id < self.model.cfg.d_vocab:
                 raise invalid("logit_bias", f"logit_bias: expected token ids as keys, got {key[:20]!r}.")
             bias.append((token_id, value))
         return Sampling(

@@ -262,6 +262,7 @@ REFUSED = [
     (CHAT, {"messages": MESSAGES, "logit_bias": {"cat": 1.0}}, "logit_bias"),
     (CHAT, {"messages": MESSAGES, "logit_bias": {"1" * 5000: 1.0}}, "logit_bias"),
     (CHAT, {"messages": MESSAGES, "logit_bias": {"050": 1.0}}, "logit_bias"),
+    (CHAT, {"messages": MESSAGES, "logit_bias": {"-1": 1.0}}, "logit_bias"),
     (CHAT, {"messages": MESSAGES, "logit_bias": {"50": 1e39}}, "logit_bias"),
     (CHAT, {"messages": MESSAGES, "repetition_penalty": 1e-300}, "repetition_penalty"),
     (CHAT, {"messages": MESSAGES, "date": "2026-13-40"}, "date"),

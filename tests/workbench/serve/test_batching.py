@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import threading
 from collections.abc import Callable
@@ -46,32 +47,24 @@ def test_a_mix_of_requests_answers_each_as_if_alone(served: Llama, seed: int) ->
 
 def test_who_waits_is_admitted_when_the_last_that_ran_has_ended(tiny_llama: Llama) -> None:
     """Nobody wakes the scheduler meanwhile: no new request, no reader, no stop."""
-    ended = threading.Semaphore(0)
+    ended: queue.Queue[Ended] = queue.Queue()
     scheduler = Scheduler(Engine(tiny_llama, replace(LIMITS, running=1), FREE))
     scheduler.start()
     scheduler.submit([Choice(Ask(tuple(range(30, 40)), 4), tell_end(ended)) for _ in range(3)])
     try:
-        assert all(ended.acquire(timeout=20) for _ in range(3))
+        assert [ended.get(timeout=20).reason for _ in range(3)] == ["length"] * 3
     finally:
         scheduler.stop(0)
 
 
 def test_who_waits_too_long_is_told_so_while_another_keeps_its_place(tiny_llama: Llama) -> None:
-    heard: list[Ended] = []
-    ended = threading.Semaphore(0)
-
-    def tell(event: Written | Ended) -> None:
-        if isinstance(event, Ended):
-            heard.append(event)
-            ended.release()
-
+    ended: queue.Queue[Ended] = queue.Queue()
     scheduler = Scheduler(Engine(tiny_llama, replace(LIMITS, running=1), FREE))
     scheduler.start()
     scheduler.submit([Choice(Ask(tuple(range(30, 40)), 40), lambda event: None, held_up=lambda: True)])
-    scheduler.submit([Choice(Ask(tuple(range(30, 40)), 4), tell, seconds=0.3)])
+    scheduler.submit([Choice(Ask(tuple(range(30, 40)), 4), tell_end(ended), seconds=0.3)])
     try:
-        assert ended.acquire(timeout=20)
-        assert heard[0].reason == "timeout"
+        assert ended.get(timeout=20).reason == "timeout"
     finally:
         scheduler.stop(0)
 
@@ -95,26 +88,18 @@ def test_when_the_thread_fails_nobody_is_left_waiting(tiny_llama: Llama) -> None
     def broken(kind: str, n_rows: int, seconds: float) -> None:
         raise RuntimeError("broken")
 
-    heard: list[Ended] = []
-    ended = threading.Semaphore(0)
-
-    def tell(event: Written | Ended) -> None:
-        if isinstance(event, Ended):
-            heard.append(event)
-            ended.release()
-
+    ended: queue.Queue[Ended] = queue.Queue()
     scheduler = Scheduler(Engine(tiny_llama, replace(LIMITS, running=1), FREE), on_step=broken)
     scheduler.start()
-    scheduler.submit([Choice(Ask(tuple(range(30, 40)), 4), tell) for _ in range(2)])
-    assert all(ended.acquire(timeout=20) for _ in range(2))
-    assert [event.reason for event in heard] == ["error", "error"]
+    scheduler.submit([Choice(Ask(tuple(range(30, 40)), 4), tell_end(ended)) for _ in range(2)])
+    assert [ended.get(timeout=20).reason for _ in range(2)] == ["error", "error"]
     assert scheduler.has_failed
     with pytest.raises(Stopping):
-        scheduler.submit([Choice(Ask((30, 31), 1), tell)])
+        scheduler.submit([Choice(Ask((30, 31), 1), tell_end(ended))])
 
 
-def tell_end(ended: threading.Semaphore) -> Callable[[Written | Ended], None]:
-    return lambda event: ended.release() if isinstance(event, Ended) else None
+def tell_end(ended: queue.Queue[Ended]) -> Callable[[Written | Ended], None]:
+    return lambda event: ended.put(event) if isinstance(event, Ended) else None
 
 
 def test_how_a_neighbour_is_intervened_on_moves_no_bit(tiny_moe: Llama) -> None:
