@@ -132,9 +132,10 @@ def memory(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve a model over HTTP until told to stop."""
+    from workbench.chat import as_day
     from workbench.io.hub import model_name
     from workbench.models.room import available_memory
-    from workbench.serve.command import api_key, check_date, limits_of, need_server
+    from workbench.serve.command import api_key, limits_of, need_server
     from workbench.serve.run import check_address
     from workbench.serve.run import serve as run
     from workbench.serve.service import Identity, Service
@@ -142,7 +143,7 @@ def serve(arguments: argparse.Namespace) -> None:
     need_server()
     key = api_key(arguments.api_key, arguments.api_key_file)
     check_address(arguments.host, arguments.port, key)  # before minutes of loading
-    check_date(arguments.date)
+    as_day(arguments.date)
     limits = limits_of(arguments)
     items = interventions_of(arguments.intervention)
     model = model_of(arguments)

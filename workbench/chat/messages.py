@@ -197,12 +197,17 @@ class Options:
     @property
     def day(self) -> datetime.date:
         """The date of the conversation, today if none was given."""
-        if self.date is None:
-            return datetime.date.today()
-        try:
-            return datetime.date.fromisoformat(str(self.date))
-        except ValueError:
-            raise ChatError(f"date: expected YYYY-MM-DD, got {self.date!r}. Write it that way.") from None
+        return as_day(self.date)
+
+
+def as_day(date: str | datetime.date | None) -> datetime.date:
+    """A day as conversations bear it, today for None. Raises ChatError for a text that is none."""
+    if date is None:
+        return datetime.date.today()
+    try:
+        return datetime.date.fromisoformat(str(date))
+    except ValueError:
+        raise ChatError(f"date: expected YYYY-MM-DD, got {date!r}. Write it that way.") from None
 
 
 def read_conversation(messages: Sequence[Message | Mapping[str, Any]], options: Options) -> list[Message]:

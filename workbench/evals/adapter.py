@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from workbench.chat import Message, render
+from workbench.chat import Message, as_day, render
 from workbench.errors import ConfigError
 from workbench.evals.answers import cut_at, final_text, whole_text
 from workbench.evals.languages import item_language
@@ -29,13 +28,6 @@ CHAT_START, FINAL_HEADER = "<|start|>", "<|channel|>final<|message|>"
 GENERATION_PROMPT = "<|start|>assistant"
 DATE = "2026-01-01"  # of conversations: today's would make every day another prompt
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
-
-
-def _as_date(date: str) -> str:
-    try:
-        return str(datetime.date.fromisoformat(date))
-    except (ValueError, TypeError):
-        raise ConfigError(f"date: expected YYYY-MM-DD, got {date!r}.") from None
 
 
 @register_model("workbench")
@@ -80,7 +72,7 @@ class WorkbenchLM(TemplateLM):
         given = load_interventions(interventions) if isinstance(interventions, str | Path) else tuple(interventions)
         self.changes = Changes(given)
         self.batch_size, self.max_gen_toks = _as_batch_size(batch_size, max_batch_size), max_gen_toks
-        self.effort, self.date, self.add_bos = effort, _as_date(date), add_bos
+        self.effort, self.date, self.add_bos = effort, str(as_day(date)), add_bos
         if answers not in ("auto", "final", "all"):
             raise ConfigError(f"answers: expected auto, final or all, got {answers!r}.")
         self.answers, self.score_in_final = answers, score_in_final

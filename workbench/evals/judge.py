@@ -7,17 +7,16 @@ benchmark adds), `<out>/metadata.json` the model's name. Both as llm-jp-judge 2.
 from __future__ import annotations
 
 import csv
-import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from workbench.chat import Message, render_tokens
+from workbench.chat import Message, as_day, render_tokens
 from workbench.errors import RunError
+from workbench.evals.answer_folder import AnswerFolder
 from workbench.evals.answers import final_message
-from workbench.evals.judge_record import Record
 from workbench.evals.scoring import Changes, Writing, write
 from workbench.interventions import Intervention
 from workbench.io.hub import model_name
@@ -144,20 +143,20 @@ def export(
         raise RunError(f"limit: expected at least 1, got {limit}.")
     sources = {benchmark: _rows(benchmark, Path(source))[:limit] for benchmark, source in benchmarks.items()}
     shown = name or (model_name(model.source) if model.source else "unnamed")
-    record = Record(Path(out), shown, model, interventions)
-    asking = replace(asking, date=asking.date or record.date or str(datetime.date.today()))
-    kept = [] if overwrite else [benchmark for benchmark in sources if record.holds(benchmark)]
+    folder = AnswerFolder(Path(out), shown, model, interventions)
+    asking = replace(asking, date=str(as_day(asking.date or (None if overwrite else folder.date))))
+    kept = [] if overwrite else [benchmark for benchmark in sources if folder.holds(benchmark)]
     wanted = {benchmark: rows for benchmark, rows in sources.items() if benchmark not in kept}
     for benchmark in kept:
-        record.check(benchmark, sources[benchmark], asking, limit)
-    record.check_others([*wanted])
+        folder.check(benchmark, sources[benchmark], asking, limit)
+    folder.check_others([*wanted])
     for benchmark, rows in wanted.items():
         _prompts(model, rows, 0, BENCHMARKS[benchmark], asking)  # too long ones show before anything is written over
-    record.begin([*wanted])
+    folder.begin([*wanted])
     for benchmark, rows in wanted.items():
         answered = answer(model, rows, BENCHMARKS[benchmark], asking, Changes(tuple(interventions)))
-        record.write(benchmark, rows, answered, asking, limit)
-    return [*(record.file(benchmark) for benchmark in sources), record.metadata]
+        folder.write(benchmark, rows, answered, asking, limit)
+    return [*(folder.file(benchmark) for benchmark in sources), folder.metadata]
 
 
 def _rows(benchmark: str, source: Path) -> list[Row]:

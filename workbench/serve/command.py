@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import os
 from dataclasses import fields
@@ -29,14 +28,6 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
     """Those that were given; the others keep their defaults."""
     given = {field.name: getattr(arguments, field.name) for field in fields(Limits)}
     return Limits(**{name: value for name, value in given.items() if value is not None})
-
-
-def check_date(date: str | None) -> None:
-    """Raises ConfigError unless it is one that conversations can bear."""
-    try:
-        datetime.date.fromisoformat(date or "2026-01-01")
-    except ValueError:
-        raise ConfigError(f"date: expected YYYY-MM-DD, got {date!r}.") from None
 
 
 def api_key(given: str | None, file: Path | None) -> str | None:

@@ -25,7 +25,7 @@ def check_address(host: str, port: int, api_key: str | None) -> None:
             f"api key: expected at least {SHORTEST_KEY} ASCII characters that can be seen, got fewer or others. "
             "Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
-    is_loopback = _is_loopback(host)
+    is_loopback = _is_loopback(host)  # asked with a key too: a name that stands for nothing shows here
     if api_key is None and not is_loopback:
         raise ConfigError(
             f"host: expected a loopback address without an API key, got {host!r}. Pass --api-key-file, or set "

@@ -16,7 +16,7 @@ import pytest
 
 from tests.checkpoints import run_python
 from workbench.cli import _parser, main
-from workbench.errors import ConfigError, RunError
+from workbench.errors import ChatError, RunError
 from workbench.evals import conditions
 from workbench.evals.adapter import WorkbenchLM
 from workbench.evals.harness import TASKS, evaluate, item_frame, load_tasks
@@ -125,7 +125,7 @@ def test_functions_of_a_task_count_by_what_they_do_not_where_they_lie() -> None:
 
 
 def test_a_date_that_is_none_is_refused(base: Llama) -> None:
-    with pytest.raises(ConfigError, match="date: expected YYYY-MM-DD, got 'foo'"):
+    with pytest.raises(ChatError, match="date: expected YYYY-MM-DD, got 'foo'"):
         WorkbenchLM(base, date="foo")
 
 

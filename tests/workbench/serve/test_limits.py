@@ -11,11 +11,12 @@ import httpx
 import pytest
 from serve_running import LIMITS, Running, running
 
+from workbench.cli import main
 from workbench.errors import ConfigError
 from workbench.models import Llama
 from workbench.serve import Limits
 from workbench.serve.choice import Written
-from workbench.serve.command import api_key, check_date
+from workbench.serve.command import api_key
 from workbench.serve.engine import CachePool, Engine
 from workbench.serve.limits import cache_positions
 from workbench.serve.mailbox import Mailbox
@@ -47,13 +48,13 @@ def test_a_key_of_the_environment_may_end_in_a_line_break(monkeypatch: pytest.Mo
     assert api_key(None, None) is None
 
 
-def test_ports_and_dates_are_checked_before_a_model_is_loaded() -> None:
+def test_ports_and_dates_are_checked_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="port: expected a number from 0 to 65535, got 99999"):
         check_address("127.0.0.1", 99_999, None)
     with pytest.raises(ConfigError, match="host: expected an address"):
         check_address("no such host", 8000, KEY)
-    with pytest.raises(ConfigError, match="date: expected YYYY-MM-DD, got 'yesterday'"):
-        check_date("yesterday")
+    assert main(["serve", "no such model", "--date", "yesterday"]) == 2
+    assert "date: expected YYYY-MM-DD, got 'yesterday'" in capsys.readouterr().err
 
 
 def test_a_body_that_does_not_come_is_given_up(tiny_moe: Llama) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-class Record:
+class AnswerFolder:
     """The folder, and what is asked of it now. Raises RunError for an `export.json` that cannot be read."""
 
     def __init__(self, folder: Path, name: str, model: Llama, interventions: Sequence[Intervention]) -> None:
